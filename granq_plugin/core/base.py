@@ -1,0 +1,46 @@
+"""What all GranQ quantizers share."""
+
+from brevitas.core.bit_width import BitWidthConst
+from torch import Tensor, nn
+
+from granq_plugin import functional as GF
+
+__all__ = ["ActClamp", "GranQBase"]
+
+
+class GranQBase(nn.Module):
+    """What Brevitas's proxies, graph mode (residual alignment) and handlers read off every quantizer, under Brevitas's names.
+
+    Args:
+        int_quant: Brevitas's IntQuant. int_scaling_impl: Brevitas's, only kept reachable.
+        bit_width: k, from 1 to 16.
+    """
+
+    def __init__(self, int_quant: nn.Module, int_scaling_impl: nn.Module, bit_width: int) -> None:
+        super().__init__()
+        self.bit_width = GF.check_bit_width(bit_width)
+        self.int_quant = int_quant
+        self.int_scaling_impl = int_scaling_impl
+        self.msb_clamp_bit_width_impl = BitWidthConst(self.bit_width)
+        self.observer_only = False
+
+    @property
+    def scaling_impl(self) -> nn.Module:
+        return self
+
+
+class ActClamp(nn.Module):
+    """Clamp to ``[min_val, max_val]``, either of which may be None: Brevitas leaves the clamping of HardTanh and of
+    ``QuantReLU(max_val=6.)`` to the quantizer, and a range that follows the data does not do it."""
+
+    def __init__(self, min_val: float | None, max_val: float | None) -> None:
+        super().__init__()
+        self.min_val, self.max_val = min_val, max_val
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.min_val is None and self.max_val is None:
+            return x
+        return x.clamp(self.min_val, self.max_val)
+
+    def extra_repr(self) -> str:
+        return f"min_val={self.min_val}, max_val={self.max_val}"

@@ -1,0 +1,48 @@
+"""The paper's quantizer as the ``tensor_quant`` of a Brevitas activation proxy."""
+
+import torch
+from torch import Tensor, nn
+
+from granq_plugin import functional as GF
+from granq_plugin.core.base import ActClamp, GranQBase
+
+__all__ = ["DynamicGranQ"]
+
+
+class DynamicGranQ(GranQBase):
+    """Per sample and channel, ranges recomputed at every forward (arXiv 2503.18339; :func:`granq_plugin.functional.granq`).
+
+    Args:
+        int_quant, int_scaling_impl: Brevitas's; not used in the computation, reachable for graph mode.
+        bit_width: k, from 1 to 16.
+        channel_axis: where C stands in the input; not 0.
+        min_val, max_val: clamp applied before quantization, or None.
+        check_finite: raise a ValueError on NaN or Inf input. False: they poison their own channel only.
+
+    Returns:
+        ``(value, scale, zero_point, bit_width)``; a 0-d input (Brevitas's sentinel) comes back as it is, with unit scale.
+    """
+
+    def __init__(
+            self,
+            int_quant: nn.Module,
+            int_scaling_impl: nn.Module,
+            bit_width: int,
+            channel_axis: int = 1,
+            min_val: float | None = None,
+            max_val: float | None = None,
+            check_finite: bool = False) -> None:
+        super().__init__(int_quant, int_scaling_impl, bit_width)
+        self.clamp = ActClamp(min_val, max_val)
+        self.channel_axis = channel_axis
+        self.check_finite = check_finite
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        bit_width = self.msb_clamp_bit_width_impl()
+        if x.dim() == 0:
+            return x, torch.ones_like(x), torch.zeros_like(x), bit_width
+        x = self.clamp(x)
+        if self.check_finite:
+            GF.check_finite(x)
+        value, scale, zero_point = GF.granq(x, self.bit_width, self.channel_axis)
+        return (x if self.observer_only else value), scale, zero_point, bit_width

@@ -1,0 +1,65 @@
+"""Brevitas proxies that return a :class:`~granq_plugin.core.quant_tensor.PerChannelQuantTensor`."""
+
+from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
+from brevitas.proxy.runtime_quant import DynamicActQuantProxyFromInjector
+from brevitas.quant_tensor import QuantTensor
+from torch import Tensor, nn
+
+from granq_plugin.core.quant_tensor import PerChannelQuantTensor
+
+__all__ = ["GranQActProxy", "GranQDynamicActProxy", "GranQStaticActProxy", "GranQPerKernelWeightProxy"]
+
+
+class _FusedActivation(nn.Module):
+    """Brevitas's FusedActivationQuantProxy without TorchScript, which our quantizers do not need and cannot have."""
+
+    def __init__(self, activation_impl: nn.Module, tensor_quant: nn.Module) -> None:
+        super().__init__()
+        self.activation_impl = activation_impl
+        self.tensor_quant = tensor_quant
+
+    def forward(self, x: Tensor):
+        return self.tensor_quant(self.activation_impl(x))
+
+
+class GranQActProxy(ActQuantProxyFromInjector):
+    """What the dynamic and the static activation proxy share."""
+
+    def __init__(self, quant_layer: nn.Module, quant_injector) -> None:
+        # the base class builds the activation before it tells the injector the layer, from which HardTanh's limits come
+        super().__init__(quant_layer, quant_injector.let(module=quant_layer))
+
+    def init_tensor_quant(self) -> None:
+        act_impl = self.quant_injector.act_impl if "act_impl" in self.quant_injector else None
+        if act_impl is None or isinstance(act_impl, nn.Hardtanh):  # its clamp is the quantizer's
+            act_impl = nn.Identity()
+        self.fused_activation_quant_proxy = _FusedActivation(act_impl, self.quant_injector.tensor_quant)
+        self.is_quant_enabled = True
+
+    def create_quant_tensor(self, qt_args, x) -> QuantTensor:
+        if isinstance(qt_args, tuple):
+            return PerChannelQuantTensor(*qt_args, self.is_signed, self.training)
+        return x.set(value=qt_args)  # quantization disabled: pass the input's metadata on
+
+
+class GranQDynamicActProxy(GranQActProxy, DynamicActQuantProxyFromInjector):
+    """Proxy of :class:`~granq_plugin.core.dynamic.DynamicGranQ`: it has a bit width, but no scale of its own."""
+
+
+class GranQStaticActProxy(GranQActProxy):
+    """Proxy of :class:`~granq_plugin.core.static.StaticGranQ`.
+
+    ``scale()`` and ``zero_point()`` return tensors ``[1, C, 1, ...]``; they raise a RuntimeError before any range is known.
+    """
+
+    def retrieve_attribute(self, attribute, force_eval):
+        if attribute in ("scale", "zero_point") and self.is_quant_enabled:
+            self.fused_activation_quant_proxy.tensor_quant.check_has_ranges()
+        return super().retrieve_attribute(attribute, force_eval)
+
+
+class GranQPerKernelWeightProxy(WeightQuantProxyFromInjector):
+    """Proxy of :class:`~granq_plugin.core.weight.PerKernelGranQ`."""
+
+    def create_quant_tensor(self, qt_args) -> PerChannelQuantTensor:
+        return PerChannelQuantTensor(*qt_args, self.is_signed, self.training)
