@@ -1,0 +1,162 @@
+"""The ``granq`` command line: thin, each verb calls public functions. Bad input: one line on stderr, exit code 2."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import click
+
+__all__ = ["cli", "run"]
+
+WEIGHT_REGIMES = {
+    "per-output-channel": "GranQWeightPerChannel",
+    "per-output-channel-symmetric": "GranQWeightPerChannelSymmetric",
+    "per-kernel": "GranQWeightPerKernel",
+}
+
+
+def run(args: list[str] | None = None) -> int:
+    """Run ``granq`` with ``args`` (default: the process's) and return its exit code."""
+    try:
+        return cli.main(args, prog_name="granq", standalone_mode=False) or 0
+    except click.ClickException as e:
+        click.echo(f"granq: error: {e.format_message()}", err=True)
+        return 2
+    except click.Abort:
+        click.echo("granq: interrupted", err=True)
+        return 130
+
+
+@contextlib.contextmanager
+def input_errors():
+    """Turn what the library raises for bad input into the command line's error."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as e:
+        raise click.ClickException(" ".join(str(e).split())) from e
+
+
+class BitWidth(click.ParamType):
+    """A whole number from 1 to 16."""
+    name = "bits"
+
+    def convert(self, value, param, ctx):
+        from granq_plugin.functional import check_bit_width
+        with contextlib.suppress(ValueError):
+            value = float(value)
+        try:
+            return check_bit_width(value)
+        except (ValueError, TypeError) as e:
+            self.fail(str(e), param, ctx)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="granq-plugin")
+def cli() -> None:
+    """Per-channel low-bit quantization of trained networks (GranQ) for Brevitas."""
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--weight-bits", type=BitWidth(), default=4, show_default=True, help="Bit width of the weights, 1 to 16.")
+@click.option("--act-bits", type=BitWidth(), default=4, show_default=True, help="Bit width of the activations, 1 to 16.")
+@click.option("--weight-regime", type=click.Choice(list(WEIGHT_REGIMES)), default="per-output-channel", show_default=True,
+              help="Granularity of the weights; per-kernel is for comparison with the paper only.")
+@click.option("--static", is_flag=True, help="Frozen per-channel activation ranges, collected from --calibration-data.")
+@click.option("--calibration-data", type=click.Path(path_type=Path), metavar="FILE",
+              help=".npz file with images x (uint8 [N, H, W, 3]) and y for --static; labels are not used.")
+@click.option("--calibration-images", type=click.IntRange(min=1), default=1000, show_default=True,
+              help="How many of them, drawn with a fixed seed.")
+@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", envvar="GRANQ_DATA", show_envvar=True,
+              help="Folder with the test images: DATASET/test.npz, or torchvision's folders.")
+@click.option("--weights", type=click.Path(path_type=Path), metavar="FILE", required=True,
+              help="Float weights: .safetensors or a torch state dict.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=250, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="torch device, e.g. cuda.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's].")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Also write the result there.")
+def evaluate(name, weight_bits, act_bits, weight_regime, static, calibration_data, calibration_images, data, weights,
+             batch_size, device, threads, json_path) -> None:
+    """Quantize a zoo network (no training) and print its top-1 accuracy beside the float one's.
+
+    \b
+    Example:
+      granq evaluate resnet20_cifar10 --weight-bits 4 --act-bits 4 --data DIR --weights resnet20.pt
+    """
+    with input_errors():
+        from zoo import get_card
+        card = get_card(name)
+    if data is None:
+        raise click.UsageError("no data folder: give --data DIR or set GRANQ_DATA")
+    if static != (calibration_data is not None):
+        raise click.UsageError("--static and --calibration-data FILE belong together: give both or neither")
+    if json_path is not None and not json_path.absolute().parent.is_dir():
+        raise click.UsageError(f"--json {str(json_path)!r}: its folder does not exist")
+
+    import torch
+    import zoo.data
+    import zoo.evaluate
+    import zoo.weights
+    from tqdm import tqdm
+
+    import granq_plugin
+
+    with input_errors():
+        device = _device(device)
+        if threads:
+            torch.set_num_threads(threads)
+        test_set = zoo.data.load_images(data, card.dataset)
+        model = card.build()
+        zoo.weights.load_weights(model, weights)
+        quantized = granq_plugin.quantize(
+            model, weight_bits, act_bits, weight_quant=getattr(granq_plugin, WEIGHT_REGIMES[weight_regime]))
+        if static:
+            chosen = zoo.data.read_npz(calibration_data).subset(calibration_images)
+            batches = zoo.evaluate.input_batches(chosen.images, card.preprocessing, batch_size)
+            quantized = granq_plugin.to_static(quantized, batches)
+
+        results = {}
+        for label, network in (("float", model), ("quantized", quantized)):
+            with tqdm(total=len(test_set), desc=f"{label:9}", unit="img") as bar:
+                results[label] = zoo.evaluate.evaluate(
+                    network, test_set, card.preprocessing, batch_size, device, progress=bar.update)
+
+    activations = "static" if static else "dynamic"
+    click.echo(f"{name} on {card.dataset} ({len(test_set)} test images), W{weight_bits}A{act_bits}, "
+               f"{weight_regime} weights, {activations} activations, no training")
+    for label, accuracy in results.items():
+        click.echo(f"  {label:9} top-1 {accuracy.top1:6.2f} %   {accuracy.images_per_second:7.0f} images/s")
+    if json_path is not None:
+        report = dict(
+            network=name, dataset=card.dataset, images=len(test_set), weight_bit_width=weight_bits, act_bit_width=act_bits,
+            weight_regime=weight_regime, activations=activations,
+            calibration_images=len(chosen) if static else None,
+            calibration_data_sha256=zoo.weights.sha256(calibration_data) if static else None,
+            weights_sha256=zoo.weights.sha256(weights),
+            float_top1=results["float"].top1, float_top5=results["float"].top5,
+            quantized_top1=results["quantized"].top1, quantized_top5=results["quantized"].top5,
+            float_images_per_second=results["float"].images_per_second,
+            quantized_images_per_second=results["quantized"].images_per_second,
+            version=granq_plugin.__version__, torch=torch.__version__)
+        with input_errors():
+            _write_atomically(json_path, json.dumps(report, indent=2) + "\n")
+
+
+def _device(name: str):
+    import torch
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"device {name!r} is not available here: {str(e).splitlines()[0]}") from e
+    return device
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

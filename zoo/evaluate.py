@@ -1,0 +1,81 @@
+"""Accuracy of a classifier on images in memory; normalization on batches of tensors, so that loading is no bottleneck."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zoo.data import ImageSet
+from zoo.registry import Preprocessing
+
+__all__ = ["Accuracy", "evaluate", "input_batches"]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Counts over a test set. ``top1`` and ``top5`` are percentages; seconds is wall time."""
+    correct: int
+    correct5: int
+    total: int
+    seconds: float
+
+    @property
+    def top1(self) -> float:
+        return 100 * self.correct / self.total
+
+    @property
+    def top5(self) -> float:
+        return 100 * self.correct5 / self.total
+
+    @property
+    def images_per_second(self) -> float:
+        return self.total / self.seconds
+
+
+def input_batches(
+        images: Tensor, preprocessing: Preprocessing, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+    """Normalized float32 batches ``[B, 3, H, W]`` of uint8 images ``[N, 3, H, W]``.
+
+    Raises:
+        ValueError: for images of another size than the network's.
+    """
+    if images.shape[2:] != (preprocessing.image_size, ) * 2:
+        raise ValueError(
+            f"images are {images.shape[2]}x{images.shape[3]}, the network takes "
+            f"{preprocessing.image_size}x{preprocessing.image_size}")
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
+    for batch in images.split(batch_size):
+        yield (batch.to(device) / 255 - mean) / std
+
+
+@torch.no_grad()
+def evaluate(
+        model: nn.Module,
+        data: ImageSet,
+        preprocessing: Preprocessing,
+        batch_size: int = 250,
+        device: torch.device | str = "cpu",
+        progress: Callable[[int], object] | None = None) -> Accuracy:
+    """Count correct predictions of ``model`` (left in evaluation mode) on every image of ``data``.
+
+    Args:
+        progress: called after each batch with its number of images.
+
+    Raises:
+        ValueError: if there are no images, or they have the wrong size.
+    """
+    if not len(data):
+        raise ValueError(f"no images in {data.source!r}")
+    model = model.to(device).eval()
+    correct = correct5 = 0
+    start = time.perf_counter()
+    for x, y in zip(input_batches(data.images, preprocessing, batch_size, device), data.labels.split(batch_size)):
+        logits = model(x)
+        hits = logits.topk(min(5, logits.shape[1])).indices.cpu() == y[:, None]
+        correct += int(hits[:, 0].sum())
+        correct5 += int(hits.sum())
+        if progress:
+            progress(len(y))
+    return Accuracy(correct, correct5, len(data), time.perf_counter() - start)

@@ -1,0 +1,87 @@
+"""ResNets for 32x32 images (He et al. 2015, section 4.2), with the parameter names of akamaster/pytorch_resnet_cifar10."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["CifarResNet", "resnet20"]
+
+
+class PaddingShortcut(nn.Module):
+    """Option A: every second pixel, zero-padded to the new number of channels; no parameters."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.padding = (out_channels - in_channels) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.padding, self.padding))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut; one ReLU module per place, so that each can have its own quantizer."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: str) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.relu2 = nn.ReLU()
+        if stride == 1 and in_channels == out_channels:
+            self.shortcut = nn.Identity()
+        elif shortcut == "A":
+            self.shortcut = PaddingShortcut(in_channels, out_channels)
+        else:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu1(self.bn1(self.conv1(x)))
+        return self.relu2(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class CifarResNet(nn.Module):
+    """Three stages of 16, 32 and 64 channels, global average pooling, one linear layer.
+
+    Args:
+        depth: 6n + 2 (20, 32, 44, 56, 110).
+        num_classes: outputs.
+        shortcut: "A" (padding, no parameters) or "B" (1x1 convolution, which FPGA tools need) where the shape changes.
+
+    Raises:
+        ValueError: for another depth or shortcut.
+    """
+
+    def __init__(self, depth: int = 20, num_classes: int = 10, shortcut: str = "B") -> None:
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"depth must be 6n + 2 (20, 32, 44, 56, 110), got {depth}")
+        if shortcut not in ("A", "B"):
+            raise ValueError(f"shortcut must be 'A' or 'B', got {shortcut!r}")
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU()
+        self.layer1 = self._stage(16, 16, blocks, 1, shortcut)
+        self.layer2 = self._stage(16, 32, blocks, 2, shortcut)
+        self.layer3 = self._stage(32, 64, blocks, 2, shortcut)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.linear = nn.Linear(64, num_classes)
+
+    @staticmethod
+    def _stage(in_channels: int, out_channels: int, blocks: int, stride: int, shortcut: str) -> nn.Sequential:
+        first = BasicBlock(in_channels, out_channels, stride, shortcut)
+        return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, 1, shortcut) for _ in range(blocks - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` -> logits ``[B, num_classes]``."""
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(self.flatten(self.avgpool(x)))
+
+
+def resnet20(num_classes: int = 10, shortcut: str = "B") -> CifarResNet:
+    """ResNet-20: 0.27 M parameters, 41 M multiply-adds at 32x32."""
+    return CifarResNet(20, num_classes, shortcut)

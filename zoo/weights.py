@@ -1,0 +1,63 @@
+"""Float weights from files of other projects, without running their code."""
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["load_weights", "read_state_dict", "sha256"]
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict: ``.safetensors``, or a torch file (only tensors are unpickled), possibly under a "state_dict" key and
+    with the ``module.`` prefix of DataParallel.
+
+    Raises:
+        FileNotFoundError: if there is no such file. ValueError: if it holds no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"weights file {str(path)!r} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            entries = load_file(path)
+        else:
+            entries = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ValueError(f"{str(path)!r} is not a readable weights file (.safetensors or a torch state dict): {reason}") from e
+    except Exception as e:  # safetensors' own error class derives from Exception
+        raise ValueError(f"{str(path)!r} is not a readable weights file: {e}") from e
+    if isinstance(entries, dict) and isinstance(entries.get("state_dict"), dict):
+        entries = entries["state_dict"]
+    if not isinstance(entries, dict) or not entries or not all(isinstance(v, Tensor) for v in entries.values()):
+        raise ValueError(f"{str(path)!r} holds no state dict (a dict of names to tensors)")
+    return {str(k).removeprefix("module."): v for k, v in entries.items()}
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a file's weights into ``model``, all of them or none.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`read_state_dict`; ValueError also for weights of another architecture.
+    """
+    state, expected = read_state_dict(path), model.state_dict()
+    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in state if k not in expected]
+    shapes = [k for k in expected if k in state and state[k].shape != expected[k].shape]
+    if missing or unexpected or shapes:
+        problems = [f"{len(missing)} entries missing (first: {missing[0]})"] if missing else []
+        problems += [f"{len(unexpected)} not of this network (first: {unexpected[0]})"] if unexpected else []
+        problems += [f"{len(shapes)} of another shape (first: {shapes[0]}, {tuple(state[shapes[0]].shape)} instead of "
+                     f"{tuple(expected[shapes[0]].shape)})"] if shapes else []
+        raise ValueError(f"{str(path)!r} holds weights of another architecture: {'; '.join(problems)}")
+    model.load_state_dict(state, strict=False)
