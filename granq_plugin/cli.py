@@ -95,12 +95,12 @@ def evaluate(name, weight_bits, act_bits, weight_regime, static, calibration_dat
         raise click.UsageError(f"--json {str(json_path)!r}: its folder does not exist")
 
     import torch
-    import zoo.data
-    import zoo.evaluate
-    import zoo.weights
     from tqdm import tqdm
 
     import granq_plugin
+    import zoo.data
+    import zoo.evaluate
+    import zoo.weights
 
     with input_errors():
         device = _device(device)

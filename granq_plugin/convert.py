@@ -9,13 +9,13 @@ from typing import Any
 import brevitas.nn as qnn
 import torch
 import torch.nn.functional as F
-from brevitas.fx import GraphModule, symbolic_trace
 from brevitas.graph.base import MethodToModule, ModuleToModuleByInstance
 from brevitas.graph.calibrate import calibration_mode
 from brevitas.graph.standardize import DuplicateSharedStatelessModule, TorchFunctionalToModule
 from brevitas.graph.utils import set_module
 from brevitas.proxy.quant_proxy import QuantProxyFromInjector
 from torch import Tensor, nn
+from torch.fx import GraphModule, symbolic_trace  # brevitas.fx is deprecated; Brevitas's graph transforms take these too
 
 from granq_plugin.core.proxy import GranQDynamicActProxy
 from granq_plugin.core.static import StaticGranQ
@@ -56,7 +56,7 @@ def quantize(
 
     Every convolution and linear layer gets quantized weights (biases stay float), every ReLU and ReLU6 a quantized output;
     the image input, pre-add branches and pooled features stay float. Shared ReLU instances and functional ReLUs are found by
-    tracing with Brevitas's fx and each call gets its own quantizer; the result is then a GraphModule of the same parameter
+    tracing with torch.fx, and each call gets its own quantizer; the result is then a GraphModule of the same parameter
     names. A model without them keeps its class. Where tracing fails a UserWarning says what could not be seen.
 
     Args:
@@ -241,8 +241,11 @@ def _quant_weight_layer(layer: nn.Module, settings: dict, input_settings: dict) 
     kwargs = dict(weight_quant=None) if bit_width is None else dict(
         weight_quant=settings["weight_quant"], weight_bit_width=check_bit_width(bit_width))
     rewriter = ModuleToModuleByInstance(layer, WEIGHT_LAYERS[type(layer)], bias_quant=None, **kwargs, **input_settings)
-    device = layer.weight.device
-    return rewriter.init_new_module(layer).to(device)
+    device, weight, bias = layer.weight.device, layer.weight, layer.bias
+    new = rewriter.init_new_module(layer).to(device)
+    new.weight, new.bias = weight, bias  # the same parameters: tied weights stay tied, frozen ones frozen
+    new.weight_quant.init_tensor_quant()
+    return new
 
 
 def _quant_relu(relu: nn.Module, settings: dict) -> nn.Module:

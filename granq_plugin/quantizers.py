@@ -7,7 +7,13 @@ Options are keyword arguments of the Brevitas layer (``QuantReLU(act_quant=GranQ
 import brevitas.nn as qnn
 from brevitas.inject import ExtendedInjector, value
 from brevitas.inject.enum import (
-    BitWidthImplType, FloatToIntImplType, QuantType, RestrictValueType, ScalingImplType, ScalingPerOutputType)
+    BitWidthImplType,
+    FloatToIntImplType,
+    QuantType,
+    RestrictValueType,
+    ScalingImplType,
+    ScalingPerOutputType,
+)
 from brevitas.quant.solver.act import ActQuantSolver
 from brevitas.quant.solver.weight import WeightQuantSolver
 

@@ -60,8 +60,8 @@ class Card:
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names of the zoo's entries that match a shell pattern, sorted."""
-    names = (f.name.removesuffix(".toml") for f in resources.files("zoo").joinpath("cards").iterdir() if f.name.endswith(".toml"))
-    return sorted(fnmatch.filter(names, pattern))
+    files = (f.name for f in resources.files("zoo").joinpath("cards").iterdir())
+    return sorted(fnmatch.filter((f.removesuffix(".toml") for f in files if f.endswith(".toml")), pattern))
 
 
 def get_card(name: str) -> Card:

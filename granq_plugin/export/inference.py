@@ -1,12 +1,12 @@
 """Handlers for Brevitas's ``quant_inference_mode``: the same values as outside of it, bit for bit."""
 
-from brevitas.export.inference.handler import (
-    DynamicIntInferenceHandler, IntInferenceHandler, IntWeightInferencetHandler)
+from brevitas.export.inference.handler import DynamicIntInferenceHandler, IntInferenceHandler, IntWeightInferencetHandler
 from torch import Tensor, nn
 
 from granq_plugin.core.proxy import GranQDynamicActProxy, GranQPerKernelWeightProxy, GranQStaticActProxy
 
-__all__ = ["GranQDynamicInferenceHandler", "GranQPerKernelWeightInferenceHandler", "GranQStaticInferenceHandler"]
+__all__ = [
+    "HANDLERS", "GranQDynamicInferenceHandler", "GranQPerKernelWeightInferenceHandler", "GranQStaticInferenceHandler"]
 
 
 class GranQDynamicInferenceHandler(DynamicIntInferenceHandler):
@@ -37,3 +37,6 @@ class GranQPerKernelWeightInferenceHandler(IntWeightInferencetHandler):
 
     def inner_forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         return self.tensor_quant(x)[0]
+
+
+HANDLERS = (GranQDynamicInferenceHandler, GranQStaticInferenceHandler, GranQPerKernelWeightInferenceHandler)

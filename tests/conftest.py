@@ -1,0 +1,39 @@
+"""Set-up that all tests share; numpy oracles, strategies and small nets are in oracles.py."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import granq_plugin  # noqa: F401  (registers the handlers)
+
+torch.set_num_threads(1)
+settings.register_profile(
+    "granq", deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+settings.load_profile("granq")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def compiler():
+    """Skip a test of torch.compile where there is no C++ compiler; start and leave the compiler's caches empty."""
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("torch.compile needs a C++ compiler, and there is no g++ or clang++")
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of real data (cifar10/test.npz, weights/...); tests that need it skip where GRANQ_DATA is not set."""
+    if not os.environ.get("GRANQ_DATA"):
+        pytest.skip("needs real data: set GRANQ_DATA to a folder with cifar10/test.npz and weights/")
+    return Path(os.environ["GRANQ_DATA"])

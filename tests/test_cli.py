@@ -1,0 +1,123 @@
+"""The granq command: results, and one line and exit code 2 for bad input."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import zoo
+from granq_plugin import cli
+
+NAME = "resnet20_cifar10"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data folder with 40 images, and weights of the right architecture."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "cifar10").mkdir()
+    x, y = rng.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, 40)
+    np.savez(tmp_path / "cifar10" / "test.npz", x=x, y=y)
+    np.savez(tmp_path / "calibration.npz", x=x[:20], y=y[:20])
+    torch.manual_seed(0)
+    torch.save(zoo.get_card(NAME).build().state_dict(), tmp_path / "w.pt")
+    return tmp_path
+
+
+def arguments(folder, *more):
+    return ["evaluate", NAME, "--data", str(folder), "--weights", str(folder / "w.pt"), *map(str, more)]
+
+
+def run(args, capsys):
+    code = cli.run([str(a) for a in args])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize("options, expected", [
+    ([], dict(weight_bit_width=4, act_bit_width=4, weight_regime="per-output-channel", activations="dynamic")),
+    (["--weight-bits", 3, "--act-bits", 5, "--weight-regime", "per-kernel"],
+     dict(weight_bit_width=3, act_bit_width=5, weight_regime="per-kernel", activations="dynamic")),
+    (["--static", "--calibration-images", 8, "--weight-regime", "per-output-channel-symmetric"],
+     dict(activations="static", calibration_images=8)),
+])
+def test_evaluate_prints_and_writes_the_same_result(folder, capsys, options, expected):
+    if "--static" in options:
+        options = [*options, "--calibration-data", folder / "calibration.npz"]
+    code, out, err = run(arguments(folder, *options, "--json", folder / "out.json"), capsys)
+    assert code == 0, err
+    report = json.loads((folder / "out.json").read_text())
+    assert expected.items() <= report.items()
+    assert report["images"] == 40 and len(report["weights_sha256"]) == 64
+    for label in ("float", "quantized"):
+        assert f"{label:9} top-1 {report[f'{label}_top1']:6.2f} %" in out
+    assert f"W{report['weight_bit_width']}A{report['act_bit_width']}" in out
+    assert "40/40" in err  # the progress bar
+    assert sorted(p.name for p in folder.iterdir()) == ["calibration.npz", "cifar10", "out.json", "w.pt"]  # no left-overs
+
+
+@pytest.mark.parametrize("change, message", [
+    (["--weight-bits", "0"], "whole number from 1 to 16, got 0"),
+    (["--weight-bits", "-1"], "got -1"),
+    (["--act-bits", "2.5"], "got 2.5"),
+    (["--act-bits", "four"], "whole number from 1 to 16, got 'four'"),
+    (["--act-bits", "nan"], "got nan"),
+    (["--weight-regime", "per-tensor"], "'per-tensor' is not one of 'per-output-channel'"),
+    (["--data", "/nonexistent/folder"], "looked for: /nonexistent/folder/cifar10/test.npz"),
+    (["--weights", "/nonexistent/w.pt"], "'/nonexistent/w.pt' does not exist"),
+    (["--static"], "--static and --calibration-data FILE belong together"),
+    (["--static", "--calibration-data", "/nonexistent.npz"], "'/nonexistent.npz' does not exist"),
+    (["--calibration-images", "0"], "0 is not in the range"),
+    (["--batch-size", "0"], "0 is not in the range"),
+    (["--device", "abacus"], "device 'abacus' is not available here"),
+    (["--json", "/nonexistent/out.json"], "its folder does not exist"),
+    (["--weight-bits", "1", "--weight-regime", "per-output-channel-symmetric"], "at least 2, got 1"),
+    (["--colour"], "No such option"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, change, message):
+    code, out, err = run(arguments(folder, *change), capsys)
+    assert code == 2 and out == ""
+    assert err.startswith("granq: error: ") and err.count("\n") == 1 and message in err
+
+
+def test_unknown_network_other_weights_and_bad_images(folder, capsys):
+    code, _, err = run(["evaluate", "resnet21_cifar10", "--data", folder, "--weights", folder / "w.pt"], capsys)
+    assert code == 2 and "did you mean: resnet20_cifar10" in err
+    torch.save({"fc.weight": torch.ones(2, 2)}, folder / "w.pt")
+    code, _, err = run(arguments(folder), capsys)
+    assert code == 2 and "weights of another architecture" in err and err.count("\n") == 1
+    (folder / "cifar10" / "test.npz").write_bytes(b"PK garbage")
+    code, _, err = run(arguments(folder), capsys)
+    assert code == 2 and "not an .npz file" in err and err.count("\n") == 1
+
+
+def test_no_data_folder(folder, capsys, monkeypatch):
+    monkeypatch.delenv("GRANQ_DATA", raising=False)
+    code, _, err = run(["evaluate", NAME, "--weights", folder / "w.pt"], capsys)
+    assert code == 2 and "give --data DIR or set GRANQ_DATA" in err
+
+
+def test_help_shows_an_example_and_the_process_exits_with_the_code(folder):
+    result = CliRunner().invoke(cli.cli, ["evaluate", "--help"])
+    assert result.exit_code == 0 and "granq evaluate resnet20_cifar10 --weight-bits 4" in result.output
+    process = subprocess.run(
+        [sys.executable, "-m", "granq_plugin", *arguments(folder, "--weight-bits", "four")], capture_output=True, text=True)
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+    assert process.stderr.splitlines()[-1].startswith("granq: error: ")
+
+
+def test_nothing_in_the_core_imports_the_extras():
+    """The core install has torch, numpy and brevitas alone."""
+    code = ("import sys, importlib.util\n"
+            "for name in ('torchvision', 'click', 'tqdm', 'safetensors', 'onnx', 'matplotlib'): sys.modules[name] = None\n"
+            "found = importlib.util.find_spec\n"
+            "importlib.util.find_spec = lambda name, *a: None if sys.modules.get(name, 1) is None else found(name, *a)\n"
+            "import torch, granq_plugin as gq\n"
+            "net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())\n"
+            "print(gq.quantize(net)(torch.ones(1, 2)).shape)")
+    process = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert process.stdout.strip() == "torch.Size([1, 2])", process.stderr

@@ -1,0 +1,296 @@
+"""quantize() and to_static() on networks of many shapes."""
+
+import warnings
+
+import brevitas.nn as qnn
+import pytest
+import torch
+import torch.nn.functional as F
+from brevitas.proxy.quant_proxy import QuantProxyFromInjector
+from brevitas.quant import Int8ActPerTensorFixedPoint, Uint8ActPerTensorFloat
+from torch import nn
+
+from granq_plugin import (
+    GranQActPerChannel,
+    GranQActPerChannelStatic,
+    GranQWeightPerChannelSymmetric,
+    GranQWeightPerKernel,
+    functional,
+    quantize,
+    to_static,
+)
+from granq_plugin.core.static import StaticGranQ
+
+
+class SharedReLU(nn.Module):
+    """As torchvision's residual blocks: one ReLU module, called twice, on different numbers of channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.relu = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3), nn.ReLU(inplace=True)
+        self.fc = nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = self.relu(self.conv1(x))
+        return self.fc(self.relu(self.conv2(x)).mean([2, 3]))
+
+
+class FunctionalReLU(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc1, self.fc2 = nn.Conv2d(3, 4, 3), nn.Linear(4, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        x = F.relu(self.conv(x)).amax([2, 3])
+        x = torch.relu(self.fc1(x)).relu() + F.relu6(x.sum(1, keepdim=True))
+        return self.fc2(x)
+
+
+class Untraceable(nn.Module):
+    """Control flow that depends on data."""
+
+    def __init__(self, relu=True):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(4, 4), nn.ReLU() if relu else nn.GELU(), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.fc1(x)
+        return self.fc2(self.act(x)) if x.sum() > 0 else self.fc2(self.act(-x))
+
+
+def sequential():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.ReLU6(), nn.Flatten(), nn.Linear(16, 2))
+
+
+def image(seed=0, batch=2):
+    return torch.randn(batch, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def quant_relus(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, qnn.QuantReLU)}
+
+
+def has_quantizer(model):
+    return any(isinstance(m, QuantProxyFromInjector) for m in model.modules())
+
+
+@pytest.mark.parametrize("build, count", [(sequential, 2), (SharedReLU, 2), (FunctionalReLU, 4)])
+def test_every_relu_call_gets_its_own_quantizer_and_the_float_model_is_untouched(build, count):
+    model = build().eval()
+    before = model(image())
+    quantized = quantize(model, 3, 4)
+    relus = quant_relus(quantized)
+    assert len(relus) == count and len({id(m.act_quant) for m in relus.values()}) == count
+    assert all(m.act_quant.bit_width() == 4 for m in relus.values())
+    assert not has_quantizer(model)
+    assert torch.equal(model(image()), before)
+    assert not torch.equal(quantized(image()), before)
+
+
+def test_the_result_equals_the_paper_s_formula_by_hand():
+    model = sequential().eval()
+    y = image()
+    for layer in model:
+        if isinstance(layer, nn.Conv2d):
+            weight = functional.granq(layer.weight, 3).value
+            y = F.conv2d(y, weight, layer.bias, groups=layer.groups)
+        elif isinstance(layer, nn.Linear):
+            y = F.linear(y, functional.granq(layer.weight, 3).value, layer.bias)
+        elif isinstance(layer, (nn.ReLU, nn.ReLU6)):
+            y = functional.granq(layer(y), 4).value
+        else:
+            y = layer(y)
+    assert torch.equal(quantize(model, 3, 4, weight_quant=GranQWeightPerKernel)(image()), y)
+
+
+@pytest.mark.parametrize("build", [sequential, SharedReLU, FunctionalReLU])
+def test_nothing_quantized_is_the_float_model_exactly(build):
+    model = build().eval()
+    quantized = quantize(model, None, None)
+    assert torch.equal(quantized(image()), model(image()))
+    assert not has_quantizer(quantized)
+
+
+def test_parameter_names_and_values_are_kept():
+    for model in (sequential(), SharedReLU(), FunctionalReLU()):
+        assert all(torch.equal(v, quantize(model).state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_class_mode_and_gradients_are_kept():
+    model = sequential().train()
+    quantized = quantize(model)
+    assert type(quantized) is nn.Sequential and quantized.training and quantized[2].training
+    assert not quantize(model.eval())[2].training
+    quantized(image()).sum().backward()
+    assert all(p.grad is not None for p in quantized.parameters())
+
+
+def test_inplace_converts_the_model_itself():
+    model = sequential()
+    weight = model[0].weight
+    assert quantize(model, inplace=True) is model
+    assert model[0].weight is weight and isinstance(model[0], qnn.QuantConv2d)
+
+
+def test_a_layer_registered_twice_stays_one_layer():
+    linear = nn.Linear(4, 4)
+    quantized = quantize(nn.Sequential(linear, nn.ReLU(), linear, nn.ReLU()))
+    assert quantized[0] is quantized[2] and isinstance(quantized[0], qnn.QuantLinear)
+
+
+def test_relu6_keeps_its_limit():
+    quantized = quantize(nn.Sequential(nn.Linear(2, 2), nn.ReLU6()), 8, 8)
+    assert quantized[1](torch.tensor([[0., 3., 60.]])).max() <= 6.001
+
+
+def test_overrides_first_and_last_layer_and_input():
+    quantized = quantize(
+        sequential(), 4, 4, first_layer_bit_width=8, last_layer_bit_width=6, input_bit_width=7,
+        input_quant=Int8ActPerTensorFixedPoint,
+        overrides={"3": {"weight_bit_width": 2, "weight_quant": GranQWeightPerChannelSymmetric}, "4": None,
+                   "[26]": {"act_bit_width": 5, "weight_bit_width": 3}})
+    assert quantized[0].weight_quant.bit_width() == 8
+    assert quantized[0].input_quant.bit_width() == 7 and not quantized[3].input_quant.is_quant_enabled
+    assert quantized[3].weight_quant.bit_width() == 2 and quantized[3].weight_quant.is_signed
+    assert quantized[2].act_quant.bit_width() == 5
+    assert type(quantized[4]) is nn.ReLU6
+    assert quantized[6].weight_quant.bit_width() == 3  # a pattern wins over last_layer_bit_width
+    quantized.eval()(image())
+
+
+def test_stock_quantizers_can_be_used():
+    quantized = quantize(sequential(), act_quant=Uint8ActPerTensorFloat)
+    quantized(image())
+    assert quantized[2].act_quant.scale().numel() == 1
+
+
+def test_an_untraceable_model_is_converted_by_modules_with_a_warning():
+    with pytest.warns(UserWarning, match="cannot be traced"):
+        quantized = quantize(Untraceable())
+    assert isinstance(quantized.act, qnn.QuantReLU) and isinstance(quantized.fc1, qnn.QuantLinear)
+    with pytest.raises(ValueError, match="no ReLU module and cannot be traced"):
+        quantize(Untraceable(relu=False))
+
+
+def test_layers_that_stay_float_are_reported():
+    class MyLinear(nn.Linear):
+        pass
+
+    with pytest.warns(UserWarning, match="1 weight layers .* stay float: 2"):
+        quantize(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), MyLinear(4, 4)))
+    with pytest.warns(UserWarning, match="no ReLU"):
+        quantize(nn.Sequential(nn.Linear(4, 4), nn.SiLU()))
+
+
+@pytest.mark.parametrize("kwargs, error, message", [
+    (dict(weight_bit_width=0), ValueError, "whole number from 1 to 16, got 0"),
+    (dict(act_bit_width=-1), ValueError, "got -1"),
+    (dict(act_bit_width=2.5), ValueError, "got 2.5"),
+    (dict(first_layer_bit_width="four"), TypeError, "got 'four'"),
+    (dict(input_bit_width=0), ValueError, "got 0"),
+    (dict(overrides={"nothing*": None}), ValueError, r"'nothing\*' matches no layer; layers are: 0, 3, 6, 2, 4"),
+    (dict(overrides={"0": {"bits": 3}}), ValueError, "unknown setting 'bits'; allowed: weight_bit_width"),
+    (dict(overrides={"0": 3}), TypeError, "must map to a dict or None, got 3"),
+    (dict(overrides={"0": {"weight_bit_width": 99}}), ValueError, "got 99"),
+    (dict(weight_bit_width=1, weight_quant=GranQWeightPerChannelSymmetric), ValueError, "at least 2, got 1"),
+])
+def test_bad_settings_are_named(kwargs, error, message):
+    model = sequential()
+    with pytest.raises(error, match=message):
+        quantize(model, **kwargs)
+    assert not has_quantizer(model)
+
+
+def test_bad_models_are_named():
+    with pytest.raises(TypeError, match="must be a torch.nn.Module, got str"):
+        quantize("resnet")
+    with pytest.raises(ValueError, match="already quantized"):
+        quantize(quantize(sequential()))
+    with pytest.raises(ValueError, match="no convolution or linear layer"):
+        quantize(nn.Sequential(nn.ReLU()))
+
+
+@pytest.mark.parametrize("build", [sequential, SharedReLU, FunctionalReLU])
+def test_to_static_freezes_the_float_network_s_average_ranges(build):
+    model = build().eval()
+    dynamic = quantize(model, 4, 4)
+    batches = [image(1), (image(2), torch.zeros(2))]
+    static = to_static(dynamic, batches)
+    assert static.training == dynamic.training
+    quantizers = [m for m in static.modules() if isinstance(m, StaticGranQ)]
+    assert len(quantizers) == len(quant_relus(dynamic)) and all(q.frozen and q.bit_width == 4 for q in quantizers)
+    name, relu = next(iter(quant_relus(static).items()))
+    maxima = []
+    float_model = quantize(model, None, None) if build is sequential else quantize(model, None, 16)
+    float_model.get_submodule(name).register_forward_hook(lambda m, i, o: maxima.append(o.detach().amax([0, 2, 3])))
+    for x in (image(1), image(2)):
+        float_model(x)
+    running_max = relu.act_quant.fused_activation_quant_proxy.tensor_quant.running_max.flatten()
+    assert torch.allclose(running_max, torch.stack(maxima).mean(0), rtol=1e-4)
+    before = static(image(3))
+    assert torch.equal(static(image(3)), before)  # no state moves any more
+    assert torch.equal(static(image(3))[:1], static(image(3)[:1]))  # nor does a sample depend on its batch
+    assert not any(isinstance(m, StaticGranQ) for m in dynamic.modules())
+
+
+def test_to_static_keeps_limits_and_shared_proxies():
+    model = nn.Sequential(qnn.QuantHardTanh(act_quant=GranQActPerChannel, bit_width=3, min_val=-0.5, max_val=0.5))
+    model.append(qnn.QuantIdentity(act_quant=model[0].act_quant))
+    static = to_static(model, [torch.randn(8, 3, 4)])
+    assert static[0].act_quant is static[1].act_quant
+    assert static[0](torch.full((1, 3, 4), 9.0)).max() <= 0.5 + 1e-6
+
+
+def test_a_static_model_round_trips_through_its_state_dict():
+    dynamic = quantize(SharedReLU().eval())
+    static = to_static(dynamic, [image(1)])
+    other = to_static(dynamic, [image(2)])
+    other.load_state_dict(static.state_dict())
+    assert torch.equal(other(image()), static(image()))
+
+
+def test_options_of_the_static_quantizer_are_taken():
+    static = to_static(quantize(sequential().eval()), [image(1), image(2)], act_quant=GranQActPerChannelStatic.let(
+        range_mode="minmax", learned_scale=True))
+    quantizer = static[2].act_quant.fused_activation_quant_proxy.tensor_quant
+    assert quantizer.range_mode == "minmax" and quantizer.learned_scale.shape == (1, 4, 1, 1)
+
+
+def test_bad_calibration_is_named():
+    dynamic = quantize(sequential().eval())
+    with pytest.raises(ValueError, match="calibration_batches is empty"):
+        to_static(dynamic, [])
+    with pytest.raises(TypeError, match="must be a tensor or a tuple that starts with one, got str"):
+        to_static(dynamic, ["image"])
+    with pytest.raises(ValueError, match="NaN or Inf: calibration data was not finite"):
+        to_static(dynamic, [image() * float("nan")])
+    with pytest.raises(ValueError, match="no dynamic GranQ activation quantizer"):
+        to_static(sequential(), [image()])
+
+
+def test_unreached_quantizers_are_reported():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.main, self.relu, self.unused = nn.Linear(3, 3), nn.ReLU(), nn.ReLU()
+
+        def forward(self, x):
+            return self.relu(self.main(x))
+
+    with pytest.warns(UserWarning, match="never reached 1 activation quantizers, first: unused"):
+        to_static(quantize(Auxiliary()), [torch.randn(4, 3)])
+
+
+def test_torchvision_networks():
+    """Shared ReLUs, concatenation, channel shuffles, auxiliary heads; floats survive, and all bits of the pipeline run."""
+    models = pytest.importorskip("torchvision.models", reason="torchvision (zoo extra) is not installed")
+    relus = dict(resnet18=17, mobilenet_v2=35, squeezenet1_0=26, shufflenet_v2_x0_5=37)
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for name, count in relus.items():
+        model = models.get_model(name, weights=None).eval()
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            quantized = quantize(model)
+            assert len(quant_relus(quantized)) == count, name
+            assert torch.isfinite(to_static(quantized, [x])(x)).all(), name

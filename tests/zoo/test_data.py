@@ -1,0 +1,88 @@
+"""Reading images: formats, and errors that say what was looked for."""
+
+import hashlib
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from zoo.data import ImageSet, load_images, read_npz
+
+
+def arrays(n=6, classes=10, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), rng.integers(0, classes, n)
+
+
+def test_npz_is_found_in_both_places(tmp_path):
+    x, y = arrays()
+    (tmp_path / "cifar10").mkdir()
+    for path in (tmp_path / "test.npz", tmp_path / "cifar10" / "test.npz"):
+        np.savez(path, x=x, y=y)
+        data = load_images(tmp_path, "cifar10")
+        assert data.source == str(path)
+        assert np.array_equal(data.images.permute(0, 2, 3, 1).numpy(), x) and np.array_equal(data.labels.numpy(), y)
+
+
+def test_torchvision_folder_gives_the_same_images(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("torchvision.datasets", reason="torchvision (zoo extra) is not installed")
+    x, y = arrays()
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    entry = pickle.dumps({"data": x.transpose(0, 3, 1, 2).reshape(len(x), -1), "labels": y.tolist()})
+    meta = pickle.dumps({"label_names": list("abcdefghij")})
+    (folder / "test_batch").write_bytes(entry)
+    (folder / "batches.meta").write_bytes(meta)
+    digest = lambda b: hashlib.md5(b).hexdigest()  # noqa: E731
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", [])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", digest(entry)]])
+    monkeypatch.setattr(datasets.CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": digest(meta)})
+    data = load_images(tmp_path, "cifar10")
+    assert np.array_equal(data.images.permute(0, 2, 3, 1).numpy(), x) and np.array_equal(data.labels.numpy(), y)
+
+
+def test_missing_data_says_what_was_looked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match="looked for: .*cifar10/test.npz, .*test.npz, .*cifar-10-batches-py"):
+        load_images(tmp_path / "nowhere", "cifar10")
+    with pytest.raises(ValueError, match="unknown data set 'mnist'; known: cifar10, cifar100"):
+        load_images(tmp_path, "mnist")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_npz(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("x, y, message", [
+    (arrays()[0].astype(np.float32), arrays()[1], r"must be uint8 \[N, H, W, 3\], got float32"),
+    (arrays()[0].transpose(0, 3, 1, 2), arrays()[1], r"got uint8 \[6, 3, 32, 32\]"),
+    (arrays()[0], arrays()[1][:5], r"labels .* must be integers \[6\], got int64 \[5\]"),
+    (arrays()[0], arrays()[1] / 2, "got float64"),
+    (arrays()[0], arrays()[1] + 7, "labels .* run from .* cifar10 has 0 to 9"),
+])
+def test_bad_arrays_are_described(tmp_path, x, y, message):
+    np.savez(tmp_path / "test.npz", x=x, y=y)
+    with pytest.raises(ValueError, match=message):
+        load_images(tmp_path, "cifar10")
+
+
+def test_damaged_or_pickled_files_are_refused(tmp_path):
+    path = tmp_path / "test.npz"
+    x, y = arrays()
+    np.savez(path, x=x, y=y)
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(ValueError, match="not an .npz file with arrays x and y"):
+        read_npz(path)
+    np.savez(path, x=x, y=np.array([object()] * 6))
+    with pytest.raises(ValueError, match="not an .npz file"):
+        read_npz(path)
+    np.savez(path, images=x)
+    with pytest.raises(ValueError, match="not an .npz file"):
+        read_npz(path)
+
+
+def test_subset_is_drawn_by_seed_without_replacement():
+    data = ImageSet(torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1).expand(50, 3, 1, 1), torch.arange(50), "memory")
+    subset = data.subset(20)
+    assert torch.equal(subset.labels, data.subset(20).labels) and len(subset.labels.unique()) == 20
+    assert torch.equal(subset.images[:, 0, 0, 0].long(), subset.labels)
+    assert not torch.equal(subset.labels, data.subset(20, seed=1).labels)
+    assert len(data.subset(99)) == 50

@@ -1,0 +1,31 @@
+"""The CIFAR ResNets against the published counts."""
+
+import pytest
+import torch
+
+from zoo.models.cifar_resnet import CifarResNet, resnet20
+
+
+@pytest.mark.parametrize("depth, parameters", [(20, 269_722), (32, 464_154), (56, 853_018)])  # He et al., table 6, option A
+def test_parameters_with_padding_shortcuts(depth, parameters):
+    assert sum(p.numel() for p in CifarResNet(depth, shortcut="A").parameters()) == parameters
+
+
+def test_convolution_shortcuts_and_output_shape():
+    model = resnet20(num_classes=100).eval()
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
+    assert model.layer2[0].shortcut[0].weight.shape == (32, 16, 1, 1)
+
+
+def test_padding_shortcut_places_channels_in_the_middle():
+    block = resnet20(shortcut="A").layer2[0]
+    x = torch.randn(1, 16, 4, 4)
+    y = block.shortcut(x)
+    assert torch.equal(y[:, 8:24], x[:, :, ::2, ::2]) and y[:, :8].abs().sum() == y[:, 24:].abs().sum() == 0
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="6n \\+ 2 .*got 21"):
+        CifarResNet(21)
+    with pytest.raises(ValueError, match="'A' or 'B', got 'C'"):
+        resnet20(shortcut="C")

@@ -1,0 +1,78 @@
+"""Reading weights of other projects: layouts, refusals, all or nothing."""
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from zoo.weights import load_weights, read_state_dict, sha256
+
+
+def net(seed=0, out=2):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, out))
+
+
+def equal(a, b):
+    return all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+
+
+def test_layouts(tmp_path):
+    source = net(1)
+    state = {k: v for k, v in source.state_dict().items() if "num_batches" not in k}
+    layouts = {"plain.pt": state, "checkpoint.th": {"state_dict": {f"module.{k}": v for k, v in state.items()}, "best": 91.7}}
+    for name, content in layouts.items():
+        torch.save(content, tmp_path / name)
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors (zoo extra) is not installed")
+    safetensors.save_file(state, tmp_path / "weights.safetensors")
+    for name in [*layouts, "weights.safetensors"]:
+        target = net(2)
+        load_weights(target, tmp_path / name)
+        assert equal(target, source), name
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: s.pop("0.bias"), r"1 entries missing \(first: 0.bias\)"),
+    (lambda s: s.update(extra=torch.ones(1)), r"1 not of this network \(first: extra\)"),
+    (lambda s: s.update({"2.weight": torch.ones(7, 4)}), r"1 of another shape \(first: 2.weight, \(7, 4\) instead of \(2, 4\)\)"),
+])
+def test_another_architecture_is_refused_whole(tmp_path, change, message):
+    state = net(1).state_dict()
+    change(state)
+    torch.save(state, tmp_path / "w.pt")
+    target, before = net(2), net(2)
+    with pytest.raises(ValueError, match="weights of another architecture: " + message):
+        load_weights(target, tmp_path / "w.pt")
+    assert equal(target, before)
+
+
+class Exploit:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code ran')", ))
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"not a file of weights", b"\x80\x02", pickle.dumps(Exploit()), pickle.dumps({"a": 1})])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_what_is_no_weights_file_is_refused_and_runs_nothing(tmp_path, content, suffix):
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="not a readable weights file|holds no state dict"):
+        read_state_dict(path)
+
+
+def test_missing_or_truncated(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_state_dict(tmp_path / "none.pt")
+    torch.save(net().state_dict(), tmp_path / "w.pt")
+    whole = (tmp_path / "w.pt").read_bytes()
+    for size in range(0, len(whole), max(1, len(whole) // 20)):
+        (tmp_path / "w.pt").write_bytes(whole[:size])
+        with pytest.raises(ValueError):
+            read_state_dict(tmp_path / "w.pt")
+
+
+def test_sha256_of_a_known_string(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
+    assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
