@@ -33,6 +33,8 @@ WEIGHT_LAYERS = {
     nn.ConvTranspose2d: qnn.QuantConvTranspose2d,
     nn.ConvTranspose3d: qnn.QuantConvTranspose3d,
 }
+# These call their children's weights directly (attention, the transformer's fast path), past any quantizer.
+OPAQUE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 RELUS = (nn.ReLU, nn.ReLU6)
 _RELU_FUNCTIONS = ((F.relu, nn.ReLU), (F.relu_, nn.ReLU), (torch.relu, nn.ReLU), (torch.relu_, nn.ReLU), (F.relu6, nn.ReLU6))
 _RELU_METHODS = ("relu", "relu_")
@@ -228,7 +230,8 @@ def _make_relus_separate(model: nn.Module) -> nn.Module:
 def _quantizable_names(model: nn.Module) -> tuple[list[str], list[str]]:
     """Names of the weight layers, in order of execution where the model is a graph, and of the ReLUs."""
     modules = dict(model.named_modules())
-    names = list(modules)
+    opaque = tuple(f"{n}." for n, m in modules.items() if isinstance(m, OPAQUE))
+    names = [n for n in modules if not f"{n}.".startswith(opaque)]
     if isinstance(model, GraphModule):
         names = list(dict.fromkeys(n.target for n in model.graph.nodes if n.op == "call_module"))
     return ([n for n in names if type(modules[n]) in WEIGHT_LAYERS], [n for n in names if type(modules[n]) in RELUS])
@@ -270,12 +273,13 @@ def _replace(model: nn.Module, names: list[str], build) -> None:
 
 
 def _warn_of_float_weights(model: nn.Module, converted: Mapping) -> None:
-    """Attention and subclassed layers are not known; say so instead of leaving them in float silently."""
+    """Say which layers stay in float, other than those that were asked to."""
     left = [
-        name for name, m in model.named_modules() if name not in converted and isinstance(m, tuple(WEIGHT_LAYERS)) and
-        not hasattr(m, "weight_quant")]
+        name for name, m in model.named_modules()
+        if name not in converted and isinstance(m, tuple(WEIGHT_LAYERS)) and not hasattr(m, "weight_quant")]
     if left:
-        warnings.warn(f"{len(left)} weight layers of unknown type or never called stay float: {', '.join(left[:5])}", stacklevel=3)
+        warnings.warn(f"{len(left)} weight layers inside attention, of unknown type or never called stay float: "
+                      f"{', '.join(left[:5])}", stacklevel=3)
 
 
 def _swap_dynamic_proxies(model: nn.Module, act_quant) -> int:

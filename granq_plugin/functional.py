@@ -117,13 +117,15 @@ def channel_range(x: Tensor, channel_axis: int = 1, per_sample: bool = True) -> 
         ``(lo, hi)``, broadcastable to ``x``, in float32 (float64 for a float64 input).
 
     Raises:
-        TypeError: if x is not a float tensor. ValueError: if channel_axis names no channel of x, or there is nothing to reduce.
+        TypeError: if x is not a float tensor. ValueError: if channel_axis names no channel of x, or x is empty.
 
     Note:
         A NaN or Inf poisons the range of its own channel (of its own sample) and no other.
     """
     _check_float(x)
     axes = _reduced_axes(x, channel_axis, per_sample)
+    if x.numel() == 0:
+        raise ValueError(f"an empty tensor {tuple(x.shape)} has no range")
     x = x.detach()
     dtype = torch.promote_types(x.dtype, torch.float32)
     if not axes:

@@ -179,6 +179,9 @@ def test_layers_that_stay_float_are_reported():
 
     with pytest.warns(UserWarning, match="1 weight layers .* stay float: 2"):
         quantize(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), MyLinear(4, 4)))
+    encoder = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.TransformerEncoderLayer(4, 1, 8, batch_first=True))
+    with pytest.warns(UserWarning, match="3 weight layers inside attention.* stay float: 2.self_attn.out_proj, 2.linear1"):
+        assert type(quantize(encoder)[2].linear1) is nn.Linear  # its fast path would read the float weight
     with pytest.warns(UserWarning, match="no ReLU"):
         quantize(nn.Sequential(nn.Linear(4, 4), nn.SiLU()))
 

@@ -33,7 +33,10 @@ class GranQActProxy(ActQuantProxyFromInjector):
         act_impl = self.quant_injector.act_impl if "act_impl" in self.quant_injector else None
         if act_impl is None or isinstance(act_impl, nn.Hardtanh):  # its clamp is the quantizer's
             act_impl = nn.Identity()
+        previous = getattr(self, "fused_activation_quant_proxy", None)
         self.fused_activation_quant_proxy = _FusedActivation(act_impl, self.quant_injector.tensor_quant)
+        if previous is not None:  # rebuilt, e.g. by load_state_dict: stay on the device
+            self.fused_activation_quant_proxy.to(next(previous.buffers()).device)
         self.is_quant_enabled = True
 
     def create_quant_tensor(self, qt_args, x) -> QuantTensor:
