@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, symbolic_trace  # brevitas.fx is deprecated; Brevitas's graph transforms take these too
 
 from granq_plugin.core.proxy import GranQDynamicActProxy
-from granq_plugin.core.static import StaticGranQ
+from granq_plugin.core.ranges import CollectedRange
 from granq_plugin.functional import check_bit_width
 from granq_plugin.quantizers import GranQActPerChannel, GranQActPerChannelStatic, GranQWeightPerChannel
 
@@ -163,7 +163,7 @@ def to_static(
         for batch in _chain(first, batches):
             model(_input_of(batch).to(device))
     model.train(training)
-    unseen = [name for name, m in model.named_modules() if isinstance(m, StaticGranQ) and not m.has_ranges]
+    unseen = [name for name, m in model.named_modules() if isinstance(m, CollectedRange) and not m.has_ranges]
     if unseen:
         warnings.warn(f"calibration never reached {len(unseen)} activation quantizers, first: {unseen[0]}", stacklevel=2)
     return model

@@ -18,7 +18,8 @@ from brevitas.quant.solver.act import ActQuantSolver
 from brevitas.quant.solver.weight import WeightQuantSolver
 
 from granq_plugin.core.dynamic import DynamicGranQ
-from granq_plugin.core.proxy import GranQDynamicActProxy, GranQPerKernelWeightProxy, GranQStaticActProxy
+from granq_plugin.core.proxy import GranQDynamicActProxy, GranQPerKernelWeightProxy, GranQStaticActProxy, GranQWeightProxy
+from granq_plugin.core.ranges import CollectedRange, DynamicRange
 from granq_plugin.core.static import StaticGranQ
 from granq_plugin.core.weight import MinMaxWeightQuant, PerKernelGranQ
 
@@ -69,6 +70,7 @@ class GranQActPerChannel(_UnsignedInt8, _HardTanhLimits, ActQuantSolver):
         >>> act = QuantReLU(act_quant=GranQActPerChannel, bit_width=4)
     """
     tensor_quant = DynamicGranQ
+    scaling_impl = DynamicRange
     proxy_class = GranQDynamicActProxy
 
 
@@ -87,6 +89,7 @@ class GranQActPerChannelStatic(_UnsignedInt8, _HardTanhLimits, ActQuantSolver):
         >>> act = QuantReLU(act_quant=GranQActPerChannelStatic, bit_width=4, range_mode="minmax")
     """
     tensor_quant = StaticGranQ
+    scaling_impl = CollectedRange
     proxy_class = GranQStaticActProxy
 
 
@@ -99,6 +102,7 @@ class GranQWeightPerChannel(_UnsignedInt8, WeightQuantSolver):
         >>> conv = QuantConv2d(8, 16, 3, weight_quant=GranQWeightPerChannel, weight_bit_width=4)
     """
     tensor_quant = MinMaxWeightQuant
+    proxy_class = GranQWeightProxy
 
 
 class GranQWeightPerChannelSymmetric(GranQWeightPerChannel):

@@ -1,6 +1,6 @@
-"""Independent numpy versions of the package's formulas, and the inputs (hypothesis strategies, small nets) to compare them on.
+"""Independent numpy versions of the package's formulas, and inputs to compare them on (strategies, small nets).
 
-Nothing here calls ``granq_plugin.functional``. numpy arithmetic of one dtype rounds exactly as torch's on CPU does, so that
+Nothing here calls ``granq_plugin``. numpy arithmetic of one dtype rounds exactly as torch's on CPU does, so that
 comparisons are exact. ``number / tensor`` is ``tensor.reciprocal() * number`` in torch, and is written so here.
 """
 
@@ -106,7 +106,8 @@ def values(draw, shape, channel_axis: int = 1, dtype=np.float32) -> np.ndarray:
     if style == "wide":
         x = x * 10.0**rng.uniform(-20, 20, per_channel)
     elif style == "offset":
-        x = x * 10.0**rng.uniform(-6, 3, per_channel) + rng.choice([-1, 1], per_channel) * 10.0**rng.uniform(-6, 6, per_channel)
+        offset = rng.choice([-1, 1], per_channel) * 10.0**rng.uniform(-6, 6, per_channel)
+        x = x * 10.0**rng.uniform(-6, 3, per_channel) + offset
     elif style == "ties":  # half-way between two levels wherever the range is a power of two less one
         x = rng.integers(-16, 16, shape) / 2
     elif style == "relu":
@@ -142,10 +143,10 @@ def randomize_batch_norm(net: nn.Module) -> nn.Module:
 class QuantNet(nn.Module):
     """conv - bn - relu - conv - relu - pool - linear, quantized as the paper places its quantizers."""
 
-    def __init__(self, act_quant, weight_quant, bit_width: int = 4, return_quant_tensor: bool = False, **act_options) -> None:
+    def __init__(self, act_quant, weight_quant, bit_width: int = 4, **act_options) -> None:
         super().__init__()
         weight = dict(weight_quant=weight_quant, weight_bit_width=bit_width)
-        act = dict(act_quant=act_quant, bit_width=bit_width, return_quant_tensor=return_quant_tensor, **act_options)
+        act = dict(act_quant=act_quant, bit_width=bit_width, **act_options)
         self.conv1 = qnn.QuantConv2d(3, 8, 3, padding=1, **weight)
         self.bn1 = nn.BatchNorm2d(8)
         self.relu1 = qnn.QuantReLU(**act)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from granq_plugin.core.proxy import GranQDynamicActProxy, GranQStaticActProxy
 from torch import nn
+
+from granq_plugin.core.proxy import GranQDynamicActProxy, GranQStaticActProxy
 
 ROOT = Path(__file__).parent.parent
 

@@ -222,14 +222,14 @@ def test_to_static_freezes_the_float_network_s_average_ranges(build):
     static = to_static(dynamic, batches)
     assert static.training == dynamic.training
     quantizers = [m for m in static.modules() if isinstance(m, StaticGranQ)]
-    assert len(quantizers) == len(quant_relus(dynamic)) and all(q.frozen and q.bit_width == 4 for q in quantizers)
+    assert len(quantizers) == len(quant_relus(dynamic)) and all(q.scaling_impl.frozen and q.bit_width == 4 for q in quantizers)
     name, relu = next(iter(quant_relus(static).items()))
     maxima = []
     float_model = quantize(model, None, None) if build is sequential else quantize(model, None, 16)
     float_model.get_submodule(name).register_forward_hook(lambda m, i, o: maxima.append(o.detach().amax([0, 2, 3])))
     for x in (image(1), image(2)):
         float_model(x)
-    running_max = relu.act_quant.fused_activation_quant_proxy.tensor_quant.running_max.flatten()
+    running_max = relu.act_quant.fused_activation_quant_proxy.tensor_quant.scaling_impl.running_max.flatten()
     assert torch.allclose(running_max, torch.stack(maxima).mean(0), rtol=1e-4)
     before = static(image(3))
     assert torch.equal(static(image(3)), before)  # no state moves any more
@@ -257,7 +257,7 @@ def test_options_of_the_static_quantizer_are_taken():
     static = to_static(quantize(sequential().eval()), [image(1), image(2)], act_quant=GranQActPerChannelStatic.let(
         range_mode="minmax", learned_scale=True))
     quantizer = static[2].act_quant.fused_activation_quant_proxy.tensor_quant
-    assert quantizer.range_mode == "minmax" and quantizer.learned_scale.shape == (1, 4, 1, 1)
+    assert quantizer.scaling_impl.range_mode == "minmax" and quantizer.learned_scale.shape == (1, 4, 1, 1)
 
 
 def test_bad_calibration_is_named():

@@ -71,8 +71,8 @@ class TestGranqIsThePapersFormula:
                 oracles.assert_equal(GF.granq(x[b:b + 1, c:c + 1], 3).value, value[b:b + 1, c:c + 1])
 
     @pytest.mark.parametrize("shape, axis, scale_shape", [
-        ((2, 3, 4, 5), 1, (2, 3, 1, 1)), ((2, 3, 4, 5), -1, (2, 1, 1, 5)), ((2, 3, 4), 2, (2, 1, 4)), ((2, 7), 1, (2, 1)),
-        ((7, ), 1, (1, )), ((2, 3, 1, 1), 1, (2, 3, 1, 1))])
+        ((2, 3, 4, 5), 1, (2, 3, 1, 1)), ((2, 3, 4, 5), -1, (2, 1, 1, 5)), ((2, 3, 4), 2, (2, 1, 4)),
+        ((2, 7), 1, (2, 1)), ((7, ), 1, (1, )), ((2, 3, 1, 1), 1, (2, 3, 1, 1))])
     def test_scale_shape(self, shape, axis, scale_shape):
         result = GF.granq(torch.randn(shape), 4, axis)
         assert result.scale.shape == result.zero_point.shape == scale_shape
@@ -101,7 +101,8 @@ class TestGranqIsThePapersFormula:
 class TestShapesAndLayouts:
 
     @pytest.mark.parametrize("shape, scale_shape", [
-        ((0, 3, 4, 4), (0, 3, 1, 1)), ((2, 3, 0, 4), (2, 3, 1, 1)), ((2, 0, 4), (2, 0, 1)), ((0, 5), (0, 1)), ((0, ), (1, ))])
+        ((0, 3, 4, 4), (0, 3, 1, 1)), ((2, 3, 0, 4), (2, 3, 1, 1)), ((2, 0, 4), (2, 0, 1)), ((0, 5), (0, 1)),
+        ((0, ), (1, ))])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
     def test_empty(self, shape, scale_shape, dtype):
         x = torch.empty(shape, dtype=dtype, requires_grad=True)
@@ -127,11 +128,12 @@ class TestShapesAndLayouts:
         oracles.assert_equal(torch.autograd.grad(value, x, incoming)[0], incoming)
 
     @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-    def test_memory_format_is_kept(self, dtype):
-        for x, memory_format in ((torch.randn(2, 3, 4, 5), torch.channels_last), (torch.randn(2, 3, 4, 5, 6), torch.channels_last_3d)):
-            x = x.to(dtype, memory_format=memory_format)
-            assert GF.granq(x, 4).value.is_contiguous(memory_format=memory_format)
-            assert GF.granq(x.contiguous(), 4).value.is_contiguous()
+    @pytest.mark.parametrize("shape, memory_format", [
+        ((2, 3, 4, 5), torch.channels_last), ((2, 3, 4, 5, 6), torch.channels_last_3d)])
+    def test_memory_format_is_kept(self, dtype, shape, memory_format):
+        x = torch.randn(shape).to(dtype, memory_format=memory_format)
+        assert GF.granq(x, 4).value.is_contiguous(memory_format=memory_format)
+        assert GF.granq(x.contiguous(), 4).value.is_contiguous()
 
     @given(oracles.activations())
     def test_channel_axis_is_a_matter_of_naming(self, drawn):
@@ -170,7 +172,7 @@ class TestHalfPrecision:
         # where ranges come near the largest float32 the formula itself overflows: there only the error is bounded
         ordinary = (x.float().abs().amax(2) < 2.0**100).expand(1, -1)
         oracles.assert_equal(value[ordinary], oracles.granq_tensor(x, bit_width)[ordinary])
-        assert ordinary.any() or dtype == torch.bfloat16 and order in ("one channel", "shuffled channels")
+        assert ordinary.any() or (dtype == torch.bfloat16 and order in ("one channel", "shuffled channels"))
         wide = x[~ordinary].double()
         step = (wide.amax(1) - wide.amin(1)).clamp_min(1e-8) / (2**bit_width - 1)
         tolerance = 0.5001 * step[:, None] + 2 * torch.finfo(dtype).eps * wide.abs().amax(1, keepdim=True)
@@ -254,8 +256,8 @@ class TestBadInput:
         with pytest.raises(TypeError, match="got ndarray"):
             GF.granq(np.zeros((1, 2, 3)), 4)
 
-    @pytest.mark.parametrize("shape, axis", [((2, 3, 4), 0), ((2, 3, 4), 3), ((2, 3, 4), -3), ((2, 3, 4), -4), ((2, 3), 2),
-                                             ((0, 3, 4), 0), ((), 1)])
+    @pytest.mark.parametrize("shape, axis", [
+        ((2, 3, 4), 0), ((2, 3, 4), 3), ((2, 3, 4), -3), ((2, 3, 4), -4), ((2, 3), 2), ((0, 3, 4), 0), ((), 1)])
     def test_bad_channel_axis_is_named(self, shape, axis):
         with pytest.raises(ValueError, match=f"channel_axis={axis} .*{len(shape)}-D"):
             GF.granq(torch.zeros(shape), 4, axis)

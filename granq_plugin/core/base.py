@@ -24,10 +24,6 @@ class GranQBase(nn.Module):
         self.msb_clamp_bit_width_impl = BitWidthConst(self.bit_width)
         self.observer_only = False
 
-    @property
-    def scaling_impl(self) -> nn.Module:
-        return self
-
 
 class ActClamp(nn.Module):
     """Clamp to ``[min_val, max_val]``, either of which may be None: Brevitas leaves the clamping of HardTanh and of

@@ -13,8 +13,8 @@ class DynamicGranQ(GranQBase):
     """Per sample and channel, ranges recomputed at every forward (arXiv 2503.18339; :func:`granq_plugin.functional.granq`).
 
     Args:
-        int_quant, int_scaling_impl: Brevitas's; not used in the computation, reachable for graph mode.
-        bit_width: k, from 1 to 16.
+        int_quant, int_scaling_impl, bit_width: see :class:`~granq_plugin.core.base.GranQBase`.
+        scaling_impl: a :class:`~granq_plugin.core.ranges.DynamicRange`, reachable for graph mode.
         channel_axis: where C stands in the input; not 0.
         min_val, max_val: clamp applied before quantization, or None.
         check_finite: raise a ValueError on NaN or Inf input. False: they poison their own channel only.
@@ -27,12 +27,14 @@ class DynamicGranQ(GranQBase):
             self,
             int_quant: nn.Module,
             int_scaling_impl: nn.Module,
+            scaling_impl: nn.Module,
             bit_width: int,
             channel_axis: int = 1,
             min_val: float | None = None,
             max_val: float | None = None,
             check_finite: bool = False) -> None:
         super().__init__(int_quant, int_scaling_impl, bit_width)
+        self.scaling_impl = scaling_impl
         self.clamp = ActClamp(min_val, max_val)
         self.channel_axis = channel_axis
         self.check_finite = check_finite

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from granq_plugin.core.quant_tensor import PerChannelQuantTensor
 
-__all__ = ["GranQActProxy", "GranQDynamicActProxy", "GranQStaticActProxy", "GranQPerKernelWeightProxy"]
+__all__ = ["GranQActProxy", "GranQDynamicActProxy", "GranQStaticActProxy", "GranQPerKernelWeightProxy", "GranQWeightProxy"]
 
 
 class _FusedActivation(nn.Module):
@@ -57,8 +57,12 @@ class GranQStaticActProxy(GranQActProxy):
 
     def retrieve_attribute(self, attribute, force_eval):
         if attribute in ("scale", "zero_point") and self.is_quant_enabled:
-            self.fused_activation_quant_proxy.tensor_quant.check_has_ranges()
+            self.fused_activation_quant_proxy.tensor_quant.scaling_impl.check_has_ranges()
         return super().retrieve_attribute(attribute, force_eval)
+
+
+class GranQWeightProxy(WeightQuantProxyFromInjector):
+    """Proxy of :class:`~granq_plugin.core.weight.MinMaxWeightQuant`; a type of its own, because handlers go by type."""
 
 
 class GranQPerKernelWeightProxy(WeightQuantProxyFromInjector):

@@ -65,7 +65,12 @@ class PerChannelQuantTensor(_PerChannelQuantTensorBase, IntMixin, QuantTensor):
             return out
         broadcastable = out.dim() == self.value.dim() and all(
             s in (1, n) for s, n in zip(self.scale.shape, out.shape))
-        return self.set(value=out) if broadcastable else out
+        if not broadcastable:
+            return out
+        if func in (F.relu, torch.relu) and not self.signed:
+            # 0 lies beyond the levels of a channel that was all negative: now all 0, it is on the grid of any zero point
+            return self.set(value=out, zero_point=self.zero_point.clamp_max(2.0**self.bit_width - 1))
+        return self.set(value=out)
 
     # NamedTuple and IntMixin bring their own versions of these; a per-channel scale survives none of them
     def __add__(self, other):

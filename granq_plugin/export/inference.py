@@ -3,10 +3,9 @@
 from brevitas.export.inference.handler import DynamicIntInferenceHandler, IntInferenceHandler, IntWeightInferencetHandler
 from torch import Tensor, nn
 
-from granq_plugin.core.proxy import GranQDynamicActProxy, GranQPerKernelWeightProxy, GranQStaticActProxy
+from granq_plugin.core.proxy import GranQDynamicActProxy, GranQPerKernelWeightProxy, GranQStaticActProxy, GranQWeightProxy
 
-__all__ = [
-    "HANDLERS", "GranQDynamicInferenceHandler", "GranQPerKernelWeightInferenceHandler", "GranQStaticInferenceHandler"]
+__all__ = ["HANDLERS", "GranQDynamicInferenceHandler", "GranQStaticInferenceHandler", "GranQWeightInferenceHandler"]
 
 
 class GranQDynamicInferenceHandler(DynamicIntInferenceHandler):
@@ -27,9 +26,9 @@ class GranQStaticInferenceHandler(IntInferenceHandler):
         return value.to(x.dtype), *metadata
 
 
-class GranQPerKernelWeightInferenceHandler(IntWeightInferencetHandler):
-    """The paper's formula, which differs from Brevitas's integer arithmetic by ulps."""
-    handled_layer = GranQPerKernelWeightProxy
+class GranQWeightInferenceHandler(IntWeightInferencetHandler):
+    """The quantizer itself: its formula (per kernel), and its way back to half precision, are not Brevitas's."""
+    handled_layer = (GranQWeightProxy, GranQPerKernelWeightProxy)
 
     def prepare_for_export(self, module: nn.Module) -> None:
         super().prepare_for_export(module)
@@ -39,4 +38,4 @@ class GranQPerKernelWeightInferenceHandler(IntWeightInferencetHandler):
         return self.tensor_quant(x)[0]
 
 
-HANDLERS = (GranQDynamicInferenceHandler, GranQStaticInferenceHandler, GranQPerKernelWeightInferenceHandler)
+HANDLERS = (GranQDynamicInferenceHandler, GranQStaticInferenceHandler, GranQWeightInferenceHandler)

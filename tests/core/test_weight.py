@@ -56,6 +56,7 @@ def test_per_channel(name, symmetric, seed, bit_width):
     assert (integers - integers.round()).abs().max() < 0.02
     low, high = (1 - 2**(bit_width - 1), 2**(bit_width - 1) - 1) if symmetric else (0, 2**bit_width - 1)
     assert integers.round().min() >= low and integers.round().max() <= high
+    assert layer.weight_quant.is_narrow_range is symmetric and layer.weight_quant.is_signed is symmetric
     assert q.signed is symmetric and (not symmetric or not q.zero_point.any())
     incoming = torch.from_numpy(np.random.default_rng(seed).standard_normal(w.shape).astype(np.float32))
     gradient, = torch.autograd.grad(q.value, w, incoming)
@@ -115,7 +116,8 @@ class TestPerKernel:
         """One range per (output, input) kernel, one per row of a linear weight."""
         layer, _ = layer_with_weights(name, seed, weight_quant=GranQWeightPerKernel, weight_bit_width=bit_width)
         q = layer.quant_weight()
-        for actual, expected in zip((q.value, q.scale, q.zero_point), oracles.granq(layer.weight.detach().numpy(), bit_width)):
+        expected_parts = oracles.granq(layer.weight.detach().numpy(), bit_width)
+        for actual, expected in zip((q.value, q.scale, q.zero_point), expected_parts):
             oracles.assert_equal(actual, expected)
         incoming = torch.randn(layer.weight.shape)
         oracles.assert_equal(torch.autograd.grad(q.value, layer.weight, incoming)[0], incoming)
@@ -144,7 +146,7 @@ class TestPerKernel:
 
 @pytest.mark.parametrize("symmetric", PER_CHANNEL)
 def test_per_channel_with_a_stock_per_tensor_input_quantizer(symmetric):
-    """Symmetric weights give Brevitas's own quant tensor, as its stock per-channel weights do; it has none for asymmetric ones."""
+    """Symmetric weights give Brevitas's own quant tensor, as stock ones do; it has none for asymmetric weights."""
     conv = qnn.QuantConv2d(
         3, 5, 3, weight_quant=PER_CHANNEL[symmetric], weight_bit_width=3, input_quant=Int8ActPerTensorFloat,
         return_quant_tensor=symmetric)

@@ -1,0 +1,109 @@
+"""What each process of test_distributed.py runs; a module of its own, so that a spawned process can import it."""
+
+import datetime
+
+import brevitas.nn as qnn
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from brevitas.graph.calibrate import calibration_mode
+
+import oracles
+from granq_plugin import GranQActPerChannel, GranQActPerChannelStatic, GranQWeightPerChannel
+from granq_plugin.core.ranges import CollectedRange
+
+WORLD = 2
+TRAININGS = [("dynamic", False), ("static", False), ("static", True)]
+"""Activation quantizer, learned scale."""
+
+
+def run_ranks(folder) -> list[dict]:
+    """Run everything below in two processes; what each returned, by rank. An exception in one is raised here."""
+    mp.spawn(_rank, (str(folder), ), nprocs=WORLD)
+    return [torch.load(folder / f"rank{r}.pt") for r in range(WORLD)]
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD,
+        timeout=datetime.timedelta(seconds=60))
+    try:
+        torch.save(everything(rank), f"{folder}/rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def everything(rank: int | None) -> dict:
+    """On one rank, or (None) in a single process that sees whole batches."""
+    return dict(ranges=collect_all(rank)) | {t: train(rank, *t) for t in TRAININGS}
+
+
+def batches(count: int = 3) -> list[torch.Tensor]:
+    """Whole batches, of which each rank gets a half; the second half has the wider range."""
+    generator = torch.Generator().manual_seed(7)
+    xs = [torch.randn(4, 3, 5, 5, generator=generator) for _ in range(count)]
+    for i, x in enumerate(xs):
+        x[2:] *= 3 + i
+    return xs
+
+
+def share(x: torch.Tensor, rank: int) -> torch.Tensor:
+    return x.chunk(WORLD)[rank]
+
+
+def collect_all(rank: int | None) -> dict:
+    """Ranges of every mode, of empty batches on one rank, of unsynchronized collection, and under calibration."""
+    whole = rank is None
+    ranges = {}
+    for name, options in {
+            "minmax": dict(range_mode="minmax"), "ema": dict(range_mode="ema", momentum=0.3),
+            "average": dict(range_mode="ema", momentum=None), "signed": dict(signed=True),
+            "not_synchronized": dict(range_mode="minmax", sync_ranges=False)}.items():
+        act = qnn.QuantIdentity(GranQActPerChannelStatic, bit_width=4, **options)
+        for x in batches():
+            y = act(x if whole else share(x, rank))
+        ranges[name] = state(act) | dict(y=y)
+    act = qnn.QuantIdentity(GranQActPerChannelStatic, bit_width=4)
+    with calibration_mode(act):
+        for x in batches():
+            act(x if whole else share(x, rank))
+    ranges["calibration"] = state(act)
+    for empty, which in enumerate(("first", "second")):  # rank 0 has no sample of one batch
+        act = qnn.QuantIdentity(GranQActPerChannelStatic, bit_width=4, range_mode="ema")
+        for i, x in enumerate(batches()):
+            if whole:
+                y = act(x[2:] if i == empty else x)
+            else:
+                y = act(share(x, rank)[:0] if rank == 0 and i == empty else share(x, rank))
+        ranges["empty", which] = state(act) | dict(y=y)
+    return ranges
+
+
+def state(act) -> dict[str, torch.Tensor]:
+    collector, = (m for m in act.modules() if isinstance(m, CollectedRange))
+    return dict(
+        lo=collector.running_min, hi=collector.running_max, counter=torch.tensor(collector.counter),
+        frozen=torch.tensor(collector.frozen))
+
+
+def train(rank: int | None, act: str, learned_scale: bool) -> dict[str, torch.Tensor]:
+    """The state of a small quantized net after three steps, under DDP on a rank, through collecting and freezing."""
+    options = dict(collect_stats_steps=1, learned_scale=learned_scale) if act == "static" else {}
+    quant = GranQActPerChannelStatic if act == "static" else GranQActPerChannel
+    torch.manual_seed(0)
+    net = oracles.QuantNet(quant, GranQWeightPerChannel, **options).train()
+    net.bn1.eval()
+    xs = batches()
+    if learned_scale:  # the parameter takes its shape in calibration, before DDP wraps it
+        with torch.no_grad(), calibration_mode(net):
+            net(xs[0] if rank is None else share(xs[0], rank))
+        net.train()
+        net.bn1.eval()
+    model = net if rank is None else torch.nn.parallel.DistributedDataParallel(net)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for x in xs:
+        optimizer.zero_grad()
+        model(x if rank is None else share(x, rank)).square().mean().backward()
+        optimizer.step()
+    return dict(net.state_dict())
