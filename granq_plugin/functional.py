@@ -145,9 +145,10 @@ def inverse_scale(lo: Tensor, hi: Tensor, bit_width: int) -> tuple[Tensor, Tenso
         ``(inv_scale, offset)``, shape and dtype of ``lo``. ``offset`` is integer-valued.
 
     Note:
-        Bit-identical to the formula as torch evaluates it (``number / tensor`` is ``tensor.reciprocal() * number``) wherever the
-        formula is finite. Where it overflows (a range, or a magnitude over a tiny range, beyond half of the dtype's largest
-        value) s is reduced just enough that finite input never becomes NaN. Work is done on half ranges, an exact change.
+        Bit-identical to the formula as torch evaluates it (``number / tensor`` is ``tensor.reciprocal() * number``) for ranges up
+        to a quarter of the dtype's largest value and magnitudes that s does not carry beyond half of it. Past that, where the
+        formula overflows, s is reduced just enough that finite input never becomes NaN. Work is done on half ranges, an exact
+        change.
     """
     levels = 2**bit_width - 1
     half_range = (hi * 0.5 - lo * 0.5).clamp_min(MIN_RANGE / 2)
