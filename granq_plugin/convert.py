@@ -86,6 +86,8 @@ def quantize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if type(model) in WEIGHT_LAYERS or isinstance(model, RELUS):
+        raise ValueError(f"model is a single {type(model).__name__}, which cannot be replaced in itself: wrap it in nn.Sequential")
     for bit_width in (weight_bit_width, act_bit_width, input_bit_width, first_layer_bit_width, last_layer_bit_width):
         _check_optional_bit_width(bit_width)
     overrides = overrides or {}

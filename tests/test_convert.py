@@ -208,6 +208,8 @@ def test_bad_settings_are_named(kwargs, error, message):
 def test_bad_models_are_named():
     with pytest.raises(TypeError, match="must be a torch.nn.Module, got str"):
         quantize("resnet")
+    with pytest.raises(ValueError, match="single Linear.*wrap it in nn.Sequential"):
+        quantize(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="already quantized"):
         quantize(quantize(sequential()))
     with pytest.raises(ValueError, match="no convolution or linear layer"):
