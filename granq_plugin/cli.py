@@ -51,10 +51,13 @@ class BitWidth(click.ParamType):
             self.fail(str(e), param, ctx)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
 @click.version_option(package_name="granq-plugin")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Per-channel low-bit quantization of trained networks (GranQ) for Brevitas."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 @cli.command()
@@ -91,8 +94,9 @@ def evaluate(name, weight_bits, act_bits, weight_regime, static, calibration_dat
         raise click.UsageError("no data folder: give --data DIR or set GRANQ_DATA")
     if static != (calibration_data is not None):
         raise click.UsageError("--static and --calibration-data FILE belong together: give both or neither")
-    if json_path is not None and not json_path.absolute().parent.is_dir():
-        raise click.UsageError(f"--json {str(json_path)!r}: its folder does not exist")
+    if json_path is not None and (json_path.is_dir() or not json_path.absolute().parent.is_dir()):
+        raise click.UsageError(f"--json {str(json_path)!r}: " + (
+            "is a folder" if json_path.is_dir() else "its folder does not exist"))
 
     import torch
     from tqdm import tqdm
@@ -147,7 +151,7 @@ def _device(name: str):
     import torch
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"device {name!r} is not available here: {str(e).splitlines()[0]}") from e
     return device

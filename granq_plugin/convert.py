@@ -3,24 +3,25 @@
 import copy
 import fnmatch
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from inspect import isclass
 from typing import Any
 
 import brevitas.nn as qnn
 import torch
-import torch.nn.functional as F
-from brevitas.graph.base import MethodToModule, ModuleToModuleByInstance
+from brevitas.graph.base import ModuleToModuleByInstance
 from brevitas.graph.calibrate import calibration_mode
-from brevitas.graph.standardize import DuplicateSharedStatelessModule, TorchFunctionalToModule
 from brevitas.graph.utils import set_module
+from brevitas.proxy.parameter_quant import WeightQuantProxyFromInjectorBase
 from brevitas.proxy.quant_proxy import QuantProxyFromInjector
-from torch import Tensor, nn
-from torch.fx import GraphModule, symbolic_trace  # brevitas.fx is deprecated; Brevitas's graph transforms take these too
+from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
+from torch import Tensor, fx, nn
 
-from granq_plugin.core.proxy import GranQDynamicActProxy
+from granq_plugin.core.proxy import GranQDynamicActProxy, GranQStaticActProxy
 from granq_plugin.core.ranges import CollectedRange
 from granq_plugin.functional import check_bit_width
 from granq_plugin.quantizers import GranQActPerChannel, GranQActPerChannelStatic, GranQWeightPerChannel
+from granq_plugin.relus import RELUS, separate_relus, trace
 
 __all__ = ["quantize", "to_static"]
 
@@ -35,10 +36,8 @@ WEIGHT_LAYERS = {
 }
 # These call their children's weights directly (attention, the transformer's fast path), past any quantizer.
 OPAQUE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-RELUS = (nn.ReLU, nn.ReLU6)
-_RELU_FUNCTIONS = ((F.relu, nn.ReLU), (F.relu_, nn.ReLU), (torch.relu, nn.ReLU), (torch.relu_, nn.ReLU), (F.relu6, nn.ReLU6))
-_RELU_METHODS = ("relu", "relu_")
-_OVERRIDE_KEYS = ("weight_bit_width", "act_bit_width", "weight_quant", "act_quant")
+_WEIGHT_KEYS = ("weight_bit_width", "weight_quant")
+_ACT_KEYS = ("act_bit_width", "act_quant")
 
 
 def quantize(
@@ -57,24 +56,28 @@ def quantize(
     """Turn a float model into a Brevitas model with the paper's placement.
 
     Every convolution and linear layer gets quantized weights (biases stay float), every ReLU and ReLU6 a quantized output;
-    the image input, pre-add branches and pooled features stay float. Shared ReLU instances and functional ReLUs are found by
-    tracing with torch.fx, and each call gets its own quantizer; the result is then a GraphModule of the same parameter
-    names. A model without them keeps its class. Where tracing fails a UserWarning says what could not be seen.
+    the image input, pre-add branches and pooled features stay float. Functional ReLUs, and ReLU modules that are called at
+    several places, are found by tracing with torch.fx, and each call gets its own quantizer. The result is then a GraphModule
+    with the same parameter names: it takes the required arguments, keeps the branches of the present mode (a UserWarning says
+    if there are others) and drops modules that the forward does not reach. Any other model keeps its class. Where tracing
+    fails a UserWarning says what could not be seen.
 
     Args:
-        model: float torch model, in any mode, on any device.
+        model: float torch model, on any device; in evaluation mode unless it is to be trained.
         weight_bit_width, act_bit_width: 1 to 16; None leaves all weights / activations in float.
         weight_quant, act_quant: quantizers (Brevitas injectors, stock ones too).
-        input_bit_width: also quantize the model's input, at the first weight layer; None: leave it in float (paper).
+        input_bit_width: also quantize the model's input, at the weight layers that read it; None: leave it in float (paper).
         input_quant: quantizer for it, default ``act_quant``.
-        first_layer_bit_width, last_layer_bit_width: weight bit widths of the first and the last weight layer.
+        first_layer_bit_width, last_layer_bit_width: weight bit widths of the first and the last weight layer, in the order of
+            execution (of registration, if the model cannot be traced).
         overrides: shell patterns of layer names -> settings that differ there (``weight_bit_width``, ``act_bit_width``,
             ``weight_quant``, ``act_quant``), or None to leave the matching layers in float. Later patterns win, and all win
             over the first and last layer's.
-        inplace: convert ``model`` itself (its modules are reused); otherwise a deep copy.
+        inplace: reuse the model's modules and put the quantized ones into it; otherwise work on a deep copy. Use the model
+            that is returned in both cases.
 
     Returns:
-        The quantized model, in the same mode, on the same device.
+        The quantized model, every module in the mode that it was in, on the device of its parameters.
 
     Raises:
         TypeError, ValueError: before anything is converted, for a bad bit width, an unknown setting, a pattern that matches no
@@ -90,39 +93,42 @@ def quantize(
         raise ValueError(f"model is a single {type(model).__name__}, which cannot be replaced in itself: wrap it in nn.Sequential")
     for bit_width in (weight_bit_width, act_bit_width, input_bit_width, first_layer_bit_width, last_layer_bit_width):
         _check_optional_bit_width(bit_width)
+    _check_quantizer("weight_quant", weight_quant, WeightQuantProxyFromInjectorBase)
+    _check_quantizer("act_quant", act_quant, ActQuantProxyFromInjectorBase)
+    if input_quant is not None:
+        _check_quantizer("input_quant", input_quant, ActQuantProxyFromInjectorBase)
+        if input_bit_width is None:
+            raise ValueError("input_quant needs input_bit_width")
     overrides = overrides or {}
     for pattern, settings in overrides.items():
         _check_override(pattern, settings)
     if any(isinstance(m, QuantProxyFromInjector) for m in model.modules()):
         raise ValueError("model is already quantized: it contains Brevitas quantizers; start from the float model")
 
-    model = _make_relus_separate(model if inplace else copy.deepcopy(model))
-    weight_layers, relus = _quantizable_names(model)
+    model, graph = _prepare(model if inplace else _copy(model))
+    weight_layers, relus = _quantizable_names(model, graph)
     if not weight_layers:
         raise ValueError("model has no convolution or linear layer to quantize; known: " +
                          ", ".join(c.__name__ for c in WEIGHT_LAYERS))
     if not relus and act_bit_width is not None:
         warnings.warn("model has no ReLU or ReLU6: no activation is quantized", stacklevel=2)
-    settings = {
-        name: dict(
-            weight_bit_width=weight_bit_width, act_bit_width=act_bit_width, weight_quant=weight_quant, act_quant=act_quant)
-        for name in weight_layers + relus}
+    settings = {n: dict(weight_bit_width=weight_bit_width, weight_quant=weight_quant) for n in weight_layers}
+    settings |= {n: dict(act_bit_width=act_bit_width, act_quant=act_quant) for n in relus}
     for name, bit_width in ((weight_layers[0], first_layer_bit_width), (weight_layers[-1], last_layer_bit_width)):
         if bit_width is not None:
             settings[name]["weight_bit_width"] = bit_width
     for pattern, override in overrides.items():
-        matches = fnmatch.filter(settings, pattern)
-        if not matches:
-            raise ValueError(f"override {pattern!r} matches no layer; layers are: {', '.join(settings)}")
-        for name in matches:
-            settings[name].update(
-                dict(weight_bit_width=None, act_bit_width=None) if override is None else override)
+        _apply_override(settings, pattern, override)
 
-    first_input = dict(input_quant=input_quant or act_quant, input_bit_width=input_bit_width) if input_bit_width else {}
-    _replace(model, weight_layers, lambda name, m: _quant_weight_layer(
-        m, settings[name], first_input if name == weight_layers[0] else {}))
-    _replace(model, relus, lambda name, m: _quant_relu(m, settings[name]))
+    device = next(model.parameters()).device
+    inputs = _input_layers(weight_layers, graph) if input_bit_width else []
+    input_settings = dict(input_quant=input_quant or act_quant, input_bit_width=input_bit_width)
+    replaced = {n: _quant_weight_layer(model.get_submodule(n), settings[n], input_settings if n in inputs else {})
+                for n in weight_layers}
+    replaced |= {n: _quant_relu(model.get_submodule(n), settings[n]) for n in relus}
     _warn_of_float_weights(model, settings)
+    for name, new in replaced.items():  # everything is built: from here on nothing can fail half-way
+        _replace(model, model.get_submodule(name), new.to(device))
     return model
 
 
@@ -131,6 +137,7 @@ def to_static(
         calibration_batches: Iterable,
         *,
         act_quant=GranQActPerChannelStatic,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
         inplace: bool = False) -> nn.Module:
     """Replace every dynamic GranQ activation quantizer by a static one of the same bit width, and collect its ranges.
 
@@ -142,44 +149,59 @@ def to_static(
         model: a model with :class:`GranQActPerChannel` quantizers, as :func:`quantize` returns it.
         calibration_batches: iterable of input tensors, or of tuples whose first element is one (labels are not used).
         act_quant: the static quantizer.
+        forward: how to run the model on a batch, e.g. ``lambda model, batch: model(**batch)`` for several inputs.
         inplace: convert ``model`` itself; otherwise a deep copy.
 
     Returns:
-        The static model, in the mode that ``model`` was in.
+        The static model, every module in the mode that it was in.
 
     Raises:
-        ValueError: if there is no batch, nothing dynamic to replace, or calibration data is not finite.
-        TypeError: if a batch is not a tensor.
+        ValueError: if there is no batch or no sample, nothing dynamic to replace, or calibration data is not finite.
+        TypeError: if ``calibration_batches`` is one tensor, or a batch is none, or act_quant is not a static GranQ quantizer.
     """
-    batches = iter(calibration_batches)
-    first = next(batches, None)
-    if first is None:
-        raise ValueError("calibration_batches is empty: at least one batch of inputs is needed")
-    model = model if inplace else copy.deepcopy(model)
+    if isinstance(calibration_batches, Tensor) or not isinstance(calibration_batches, Iterable):
+        raise TypeError(f"calibration_batches must be an iterable of batches, got a {type(calibration_batches).__name__}; "
+                        "give a single batch as [batch]")
+    _check_quantizer("act_quant", act_quant, GranQStaticActProxy)
+    model = model if inplace else _copy(model)
     if not _swap_dynamic_proxies(model, act_quant):
         raise ValueError("model has no dynamic GranQ activation quantizer (GranQActPerChannel) to make static")
-    training = model.training
+    modes = {m: m.training for m in model.modules()}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def first_element(model, batch):
+        x = _input_of(batch)
+        if len(x):
+            model(x.to(device))
+
+    batches = 0
     model.eval()
     with torch.no_grad(), calibration_mode(model):
-        for batch in _chain(first, batches):
-            model(_input_of(batch).to(device))
-    model.train(training)
+        for batch in calibration_batches:
+            (forward or first_element)(model, batch)
+            batches += 1
+    for module, training in modes.items():
+        module.training = training
     unseen = [name for name, m in model.named_modules() if isinstance(m, CollectedRange) and not m.has_ranges]
+    if len(unseen) == sum(isinstance(m, CollectedRange) for m in model.modules()):
+        raise ValueError(f"calibration_batches is empty: {batches} batches without a sample; at least one image is needed")
     if unseen:
         warnings.warn(f"calibration never reached {len(unseen)} activation quantizers, first: {unseen[0]}", stacklevel=2)
     return model
 
 
-def _chain(first, rest):
-    yield first
-    yield from rest
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as e:  # e.g. weights computed by torch.nn.utils.weight_norm
+        raise ValueError(f"model cannot be copied ({e}); convert it with inplace=True") from e
 
 
 def _input_of(batch) -> Tensor:
     x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(x, Tensor):
-        raise TypeError(f"a calibration batch must be a tensor or a tuple that starts with one, got {type(x).__name__}")
+        raise TypeError(f"a calibration batch must be a tensor or a tuple that starts with one, got {type(x).__name__}; "
+                        "for other inputs give forward=")
     return x
 
 
@@ -188,22 +210,50 @@ def _check_optional_bit_width(bit_width) -> None:
         check_bit_width(bit_width)
 
 
+def _check_quantizer(argument: str, quant, proxy_class: type) -> None:
+    if not isclass(quant) or not issubclass(getattr(quant, "proxy_class", object), proxy_class):
+        kinds = {
+            WeightQuantProxyFromInjectorBase: "a Brevitas weight quantizer, such as GranQWeightPerChannel",
+            ActQuantProxyFromInjectorBase: "a Brevitas activation quantizer, such as GranQActPerChannel",
+            GranQStaticActProxy: "GranQActPerChannelStatic or made from it with .let()"}
+        raise TypeError(f"{argument} must be {kinds[proxy_class]}; got {getattr(quant, '__name__', repr(quant))}")
+
+
 def _check_override(pattern: str, settings) -> None:
     if settings is None:
         return
     if not isinstance(settings, Mapping):
         raise TypeError(f"override {pattern!r} must map to a dict or None, got {settings!r}")
-    unknown = sorted(set(settings) - set(_OVERRIDE_KEYS))
+    allowed = _WEIGHT_KEYS + _ACT_KEYS
+    unknown = [k for k in settings if k not in allowed]
     if unknown:
-        raise ValueError(f"override {pattern!r} has unknown setting {unknown[0]!r}; allowed: {', '.join(_OVERRIDE_KEYS)}")
+        raise ValueError(f"override {pattern!r} has unknown setting {unknown[0]!r}; allowed: {', '.join(allowed)}")
     for key in ("weight_bit_width", "act_bit_width"):
         _check_optional_bit_width(settings.get(key))
+    if "weight_quant" in settings:
+        _check_quantizer("weight_quant", settings["weight_quant"], WeightQuantProxyFromInjectorBase)
+    if "act_quant" in settings:
+        _check_quantizer("act_quant", settings["act_quant"], ActQuantProxyFromInjectorBase)
 
 
-def _make_relus_separate(model: nn.Module) -> nn.Module:
-    """Trace the model if it calls a ReLU as a function or one ReLU module at several places; otherwise return it as it is."""
+def _apply_override(settings: dict[str, dict], pattern: str, override: Mapping | None) -> None:
+    matches = fnmatch.filter(settings, pattern)
+    if not matches:
+        raise ValueError(f"override {pattern!r} matches no layer; layers are: {', '.join(settings)}")
+    if override is None:
+        override = dict(weight_bit_width=None, act_bit_width=None)
+    else:
+        for key in override:
+            if not any(key in settings[n] for n in matches):
+                raise ValueError(f"override {pattern!r} sets {key!r}, which none of its layers has: {', '.join(matches)}")
+    for name in matches:
+        settings[name].update({k: v for k, v in override.items() if k in settings[name]})
+
+
+def _prepare(model: nn.Module) -> tuple[nn.Module, fx.Graph | None]:
+    """The model with a module for every ReLU call, and its graph if it can be traced."""
     try:
-        graph_model = symbolic_trace(model)
+        graph_model = trace(model)
     except Exception as e:  # tracing runs the user's forward: anything may come out of it
         if not any(isinstance(m, RELUS) for m in model.modules()):
             raise ValueError(
@@ -212,31 +262,28 @@ def _make_relus_separate(model: nn.Module) -> nn.Module:
         warnings.warn(
             f"the model cannot be traced ({type(e).__name__}: {e}): only its ReLU modules are quantized, functional ReLUs stay "
             "float, and a ReLU module that is called at several places keeps one quantizer", stacklevel=3)
-        return model
-    calls = [n.target for n in graph_model.graph.nodes if n.op == "call_module"]
-    modules = dict(graph_model.named_modules())
-    shared = any(calls.count(t) > 1 and isinstance(modules[t], RELUS) for t in set(calls))
-    functional = any(
-        (n.op == "call_function" and n.target in dict(_RELU_FUNCTIONS)) or
-        (n.op == "call_method" and n.target in _RELU_METHODS) for n in graph_model.graph.nodes)
-    if not (shared or functional):
-        return model
-    graph_model = TorchFunctionalToModule(_RELU_FUNCTIONS).apply(graph_model)
-    for method in _RELU_METHODS:
-        graph_model = MethodToModule(method, nn.ReLU).apply(graph_model)
-    graph_model = DuplicateSharedStatelessModule().apply(graph_model)
-    graph_model.train(model.training)
-    return graph_model
+        return model, None
+    return separate_relus(model, graph_model), graph_model.graph
 
 
-def _quantizable_names(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Names of the weight layers, in order of execution where the model is a graph, and of the ReLUs."""
+def _quantizable_names(model: nn.Module, graph: fx.Graph | None) -> tuple[list[str], list[str]]:
+    """Names of the weight layers, in order of execution where there is a graph, and of the ReLUs."""
     modules = dict(model.named_modules())
     opaque = tuple(f"{n}." for n, m in modules.items() if isinstance(m, OPAQUE))
-    names = [n for n in modules if not f"{n}.".startswith(opaque)]
-    if isinstance(model, GraphModule):
-        names = list(dict.fromkeys(n.target for n in model.graph.nodes if n.op == "call_module"))
-    return ([n for n in names if type(modules[n]) in WEIGHT_LAYERS], [n for n in names if type(modules[n]) in RELUS])
+    executed = [n.target for n in graph.nodes if n.op == "call_module"] if graph else []
+    names = [n for n in dict.fromkeys([*executed, *modules]) if n in modules and not f"{n}.".startswith(opaque)]
+
+    def has_parameter(layer):  # weight_norm and its like compute the weight
+        return isinstance(layer._parameters.get("weight"), nn.Parameter)
+    return ([n for n in names if type(modules[n]) in WEIGHT_LAYERS and has_parameter(modules[n])],
+            [n for n in names if type(modules[n]) in RELUS])
+
+
+def _input_layers(weight_layers: list[str], graph: fx.Graph | None) -> list[str]:
+    """The weight layers that read an input of the model; the first one if none does directly."""
+    readers = [n.target for n in graph.nodes if n.op == "call_module" and n.target in weight_layers and
+               any(i.op == "placeholder" for i in n.all_input_nodes)] if graph else []
+    return readers or weight_layers[:1]
 
 
 def _quant_weight_layer(layer: nn.Module, settings: dict, input_settings: dict) -> nn.Module:
@@ -246,31 +293,32 @@ def _quant_weight_layer(layer: nn.Module, settings: dict, input_settings: dict) 
     kwargs = dict(weight_quant=None) if bit_width is None else dict(
         weight_quant=settings["weight_quant"], weight_bit_width=check_bit_width(bit_width))
     rewriter = ModuleToModuleByInstance(layer, WEIGHT_LAYERS[type(layer)], bias_quant=None, **kwargs, **input_settings)
-    device, weight, bias = layer.weight.device, layer.weight, layer.bias
-    new = rewriter.init_new_module(layer).to(device)
-    new.weight, new.bias = weight, bias  # the same parameters: tied weights stay tied, frozen ones frozen
+    new = rewriter.init_new_module(copy.copy(layer), load_state_dict=False)  # copy: Brevitas leaves a mark on the old layer
+    new.weight, new.bias = layer.weight, layer.bias  # the same parameters: tied weights stay tied, frozen ones frozen
     new.weight_quant.init_tensor_quant()
-    return new
+    return _with_hooks_of(layer, new)
 
 
 def _quant_relu(relu: nn.Module, settings: dict) -> nn.Module:
     if settings["act_bit_width"] is None:
         return relu
     limit = dict(max_val=6.0) if isinstance(relu, nn.ReLU6) else {}
-    return qnn.QuantReLU(
-        act_quant=settings["act_quant"], bit_width=check_bit_width(settings["act_bit_width"]), **limit)
+    return _with_hooks_of(relu, qnn.QuantReLU(
+        act_quant=settings["act_quant"], bit_width=check_bit_width(settings["act_bit_width"]), **limit))
 
 
-def _replace(model: nn.Module, names: list[str], build) -> None:
-    """Put ``build(name, module)`` in the place of each named module, wherever else the same instance is referenced too."""
-    for name in names:
-        old = model.get_submodule(name)
-        new = build(name, old)
-        if new is old:
-            continue
-        new.train(old.training)
-        aliases = [n for n, m in model.named_modules(remove_duplicate=False) if m is old]
-        for alias in aliases:
+def _with_hooks_of(old: nn.Module, new: nn.Module) -> nn.Module:
+    new.train(old.training)
+    for attribute in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+                      "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"):
+        setattr(new, attribute, getattr(old, attribute))
+    return new
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` is referenced."""
+    if new is not old:
+        for alias in [n for n, m in model.named_modules(remove_duplicate=False) if m is old]:
             set_module(model, new, alias)
 
 
@@ -308,4 +356,4 @@ def _static_proxy(layer: nn.Module, proxy: GranQDynamicActProxy, act_quant):
     if "act_impl" in injector:
         kept["act_impl"] = injector.act_impl
     injector = act_quant.let(**kept)
-    return injector.proxy_class(layer, injector).to(next((b.device for b in proxy.buffers()), "cpu")).train(proxy.training)
+    return injector.proxy_class(layer, injector).to(next(proxy.buffers()).device).train(proxy.training)

@@ -24,6 +24,7 @@ __all__ = [
     "channel_range",
     "check_bit_width",
     "check_finite",
+    "check_float",
     "check_symmetric",
     "fake_quantize",
     "granq",
@@ -83,7 +84,8 @@ def check_finite(x: Tensor) -> None:
         raise ValueError(f"input has {bad} NaN or Inf values of {x.numel()}; each would poison its whole channel")
 
 
-def _check_float(x: Tensor) -> None:
+def check_float(x: Tensor) -> None:
+    """Raise a TypeError unless ``x`` is a float tensor."""
     if not isinstance(x, Tensor) or x.dtype not in _FLOAT_DTYPES:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"input must be a float16, bfloat16, float32 or float64 tensor, got {got}")
@@ -122,7 +124,7 @@ def channel_range(x: Tensor, channel_axis: int = 1, per_sample: bool = True) -> 
     Note:
         A NaN or Inf poisons the range of its own channel (of its own sample) and no other.
     """
-    _check_float(x)
+    check_float(x)
     axes = _reduced_axes(x, channel_axis, per_sample)
     if x.numel() == 0:
         raise ValueError(f"an empty tensor {tuple(x.shape)} has no range")
@@ -224,7 +226,7 @@ def granq(x: Tensor, bit_width: int, channel_axis: int = 1) -> GranQResult:
 
 def _empty_result(x: Tensor, channel_axis: int) -> GranQResult:
     """An empty batch has no range: unit scales of the right broadcastable shape, and a differentiable empty value."""
-    _check_float(x)
+    check_float(x)
     axes = _reduced_axes(x, channel_axis, per_sample=True)
     shape = [1 if d in axes else n for d, n in enumerate(x.shape)]
     scale = x.new_ones(shape, dtype=torch.promote_types(x.dtype, torch.float32))

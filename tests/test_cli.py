@@ -75,6 +75,8 @@ def test_evaluate_prints_and_writes_the_same_result(folder, capsys, options, exp
     (["--batch-size", "0"], "0 is not in the range"),
     (["--device", "abacus"], "device 'abacus' is not available here"),
     (["--json", "/nonexistent/out.json"], "its folder does not exist"),
+    (["--json", "/"], "is a folder"),
+    (["--device", "meta"], "device 'meta' is not available here"),
     (["--weight-bits", "1", "--weight-regime", "per-output-channel-symmetric"], "at least 2, got 1"),
     (["--colour"], "No such option"),
 ])
@@ -93,6 +95,21 @@ def test_unknown_network_other_weights_and_bad_images(folder, capsys):
     (folder / "cifar10" / "test.npz").write_bytes(b"PK garbage")
     code, _, err = run(arguments(folder), capsys)
     assert code == 2 and "not an .npz file" in err and err.count("\n") == 1
+
+
+def test_incomplete_folder_and_empty_calibration_data(folder, capsys):
+    np.savez(folder / "calibration.npz", x=np.zeros((0, 32, 32, 3), np.uint8), y=np.zeros(0, int))
+    code, _, err = run(arguments(folder, "--static", "--calibration-data", folder / "calibration.npz"), capsys)
+    assert code == 2 and "calibration_batches is empty" in err and err.count("\n") == 1
+    (folder / "cifar10" / "test.npz").unlink()
+    (folder / "cifar-10-batches-py").mkdir()
+    code, _, err = run(arguments(folder), capsys)
+    assert code == 2 and "is incomplete or damaged" in err and err.count("\n") == 1
+
+
+def test_no_arguments_show_the_help(capsys):
+    code, out, _ = run([], capsys)
+    assert code == 0 and "evaluate" in out
 
 
 def test_no_data_folder(folder, capsys, monkeypatch):

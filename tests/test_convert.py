@@ -15,6 +15,7 @@ from granq_plugin import (
     GranQActPerChannelStatic,
     GranQWeightPerChannelSymmetric,
     GranQWeightPerKernel,
+    convert,
     functional,
     quantize,
     to_static,
@@ -133,6 +134,86 @@ def test_inplace_converts_the_model_itself():
     assert model[0].weight is weight and isinstance(model[0], qnn.QuantConv2d)
 
 
+@pytest.mark.parametrize("build", [sequential, SharedReLU, FunctionalReLU])
+@pytest.mark.parametrize("act_quant", [GranQActPerChannel, GranQActPerChannelStatic, Uint8ActPerTensorFloat])
+def test_quantizers_are_on_the_device_of_the_model(build, act_quant):
+    """The meta device shows it without an accelerator."""
+    quantized = quantize(build().to("meta"), act_quant=act_quant, input_bit_width=8)
+    tensors = {n: t.device.type for n, t in [*quantized.named_parameters(), *quantized.named_buffers()]}
+    assert tensors and set(tensors.values()) == {"meta"}
+    if act_quant is GranQActPerChannel:
+        swapped = quantize(build(), input_bit_width=8)
+        convert._swap_dynamic_proxies(swapped.to("meta"), GranQActPerChannelStatic)
+        assert {t.device.type for t in swapped.buffers()} == {"meta"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_keep_theirs(dtype):
+    quantized = quantize(sequential().to(dtype).eval())
+    for model in (quantized, to_static(quantized, [image().to(dtype)])):
+        y = model(image().to(dtype))
+        assert y.dtype == dtype and torch.isfinite(y).all()
+
+
+def test_frozen_and_tied_parameters_stay_so():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    model[0].bias.requires_grad_(False)
+    quantized = quantize(model)
+    assert quantized[2].weight is quantized[0].weight and not quantized[0].bias.requires_grad
+    assert len(list(quantized.parameters())) == 3
+
+
+def test_padding_modes_are_kept():
+    for mode in ("zeros", "reflect", "replicate", "circular"):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode, dilation=1, stride=2), nn.ReLU())
+        torch.testing.assert_close(quantize(model, 16, 16)(image()), model(image()), rtol=0, atol=1e-3)
+
+
+def test_first_and_last_layer_go_by_execution():
+    class Reversed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.relu, self.left, self.right = nn.Linear(4, 2), nn.ReLU(), nn.Linear(3, 4), nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.fc(self.relu(self.left(x) + self.right(x)))
+
+    quantized = quantize(Reversed(), first_layer_bit_width=8, last_layer_bit_width=6, input_bit_width=7)
+    assert type(quantized) is Reversed
+    assert quantized.left.weight_quant.bit_width() == 8 and quantized.fc.weight_quant.bit_width() == 6
+    assert quantized.left.input_quant.bit_width() == quantized.right.input_quant.bit_width() == 7
+    assert not quantized.fc.input_quant.is_quant_enabled
+
+
+def test_computed_weights_stay_float_and_are_reported():
+    from torch.nn.utils import parametrizations, weight_norm
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), parametrizations.weight_norm(nn.Linear(4, 4)))
+    with pytest.warns(UserWarning, match="stay float: 2"):
+        quantize(model)(torch.randn(2, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        old_style = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), weight_norm(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match="cannot be copied.*inplace=True"):
+        quantize(old_style)
+    with pytest.warns(UserWarning, match="stay float: 2"):
+        quantize(old_style, inplace=True)(torch.randn(2, 4))
+
+
+def test_a_failing_conversion_in_place_changes_nothing():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="at least 2, got 1"):
+        quantize(model, inplace=True, overrides={
+            "2": {"weight_quant": GranQWeightPerChannelSymmetric, "weight_bit_width": 1}})
+    assert not has_quantizer(model) and type(model[0]) is nn.Linear
+
+
+def test_a_quantized_network_compiles_bit_exactly(compiler):
+    model = quantize(sequential().eval())
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, fullgraph=True)(image()), model(image()))
+
+
 def test_a_layer_registered_twice_stays_one_layer():
     linear = nn.Linear(4, 4)
     quantized = quantize(nn.Sequential(linear, nn.ReLU(), linear, nn.ReLU()))
@@ -197,6 +278,11 @@ def test_layers_that_stay_float_are_reported():
     (dict(overrides={"0": 3}), TypeError, "must map to a dict or None, got 3"),
     (dict(overrides={"0": {"weight_bit_width": 99}}), ValueError, "got 99"),
     (dict(weight_bit_width=1, weight_quant=GranQWeightPerChannelSymmetric), ValueError, "at least 2, got 1"),
+    (dict(input_quant=GranQActPerChannel), ValueError, "input_quant needs input_bit_width"),
+    (dict(overrides={"0": {"act_bit_width": 8}}), ValueError, "'0' sets 'act_bit_width', which none of its layers has: 0"),
+    (dict(weight_quant=GranQActPerChannel), TypeError, "weight_quant must be a Brevitas weight quantizer.*got GranQActPerChannel"),
+    (dict(act_quant="GranQ"), TypeError, "act_quant must be a Brevitas activation quantizer.*got 'GranQ'"),
+    (dict(overrides={"2": {"act_quant": GranQWeightPerKernel}}), TypeError, "act_quant must be .*got GranQWeightPerKernel"),
 ])
 def test_bad_settings_are_named(kwargs, error, message):
     model = sequential()
@@ -255,6 +341,24 @@ def test_a_static_model_round_trips_through_its_state_dict():
     assert torch.equal(other(image()), static(image()))
 
 
+def test_several_inputs_and_single_modes():
+    class TwoInputs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.bn, self.relu = nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU()
+
+        def forward(self, x, y):
+            return self.relu(self.bn(self.fc(x))) + y
+
+    dynamic = quantize(TwoInputs()).train()
+    dynamic.bn.eval()
+    batch = dict(x=torch.randn(4, 3), y=torch.randn(4, 3))
+    static = to_static(dynamic, [batch], forward=lambda model, b: model(**b))
+    assert static.training and not static.bn.training
+    with pytest.raises(TypeError, match="for other inputs give forward="):
+        to_static(dynamic, [batch])
+
+
 def test_options_of_the_static_quantizer_are_taken():
     static = to_static(quantize(sequential().eval()), [image(1), image(2)], act_quant=GranQActPerChannelStatic.let(
         range_mode="minmax", learned_scale=True))
@@ -264,8 +368,15 @@ def test_options_of_the_static_quantizer_are_taken():
 
 def test_bad_calibration_is_named():
     dynamic = quantize(sequential().eval())
-    with pytest.raises(ValueError, match="calibration_batches is empty"):
+    with pytest.raises(ValueError, match="calibration_batches is empty: 0 batches"):
         to_static(dynamic, [])
+    with pytest.raises(ValueError, match="2 batches without a sample"):
+        to_static(dynamic, [image(batch=0)] * 2)
+    for batches in (image(), None):
+        with pytest.raises(TypeError, match="must be an iterable of batches, got a (Tensor|NoneType); give"):
+            to_static(dynamic, batches)
+    with pytest.raises(TypeError, match="act_quant must be GranQActPerChannelStatic.*got GranQActPerChannel"):
+        to_static(dynamic, [image()], act_quant=GranQActPerChannel)
     with pytest.raises(TypeError, match="must be a tensor or a tuple that starts with one, got str"):
         to_static(dynamic, ["image"])
     with pytest.raises(ValueError, match="NaN or Inf: calibration data was not finite"):

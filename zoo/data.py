@@ -81,7 +81,10 @@ def load_images(data_dir: str | Path, dataset: str, split: str = "test") -> Imag
             looked_for = ", ".join(str(p) for p in npz + folders)
             raise FileNotFoundError(f"no {dataset} {split} images under {str(root)!r}; looked for: {looked_for}")
         import torchvision.datasets
-        stored = getattr(torchvision.datasets, class_name)(found.parent, train=split == "train")
+        try:
+            stored = getattr(torchvision.datasets, class_name)(found.parent, train=split == "train")
+        except RuntimeError as e:
+            raise ValueError(f"{str(found)!r} is incomplete or damaged: {e}") from e
         data = _image_set(stored.data, np.asarray(stored.targets), found)
     if len(data) and not 0 <= int(data.labels.min()) <= int(data.labels.max()) < CIFAR_CLASSES[dataset]:
         raise ValueError(

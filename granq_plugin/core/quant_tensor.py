@@ -35,6 +35,10 @@ class PerChannelQuantTensor(_PerChannelQuantTensorBase, IntMixin, QuantTensor):
         bit_width: 0-d tensor. signed, training: bool.
 
     Note:
+        ``int()`` raises for a channel whose integers the value cannot give back: one whose magnitude is large against its range,
+        and one at the paper's tie (see :func:`granq_plugin.functional.granq`).
+
+    Note:
         A stock layer with ``act_quant=None`` rebuilds an ``IntQuantTensor`` from any QuantTensor that it is given; hand such a
         layer ``x.value``.
     """
@@ -94,6 +98,17 @@ class PerChannelQuantTensor(_PerChannelQuantTensorBase, IntMixin, QuantTensor):
 
     def __rtruediv__(self, other):
         return _unpack_quant_tensor(other) / self.value
+
+    def __pow__(self, exponent):
+        return self.value**_unpack_quant_tensor(exponent)
+
+    def __getitem__(self, key) -> Tensor:
+        return self.value[key]
+
+    def __getattr__(self, name: str):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.value, name)  # dtype, mean(), sum()...: those of the plain tensor
 
     def __neg__(self):
         return -self.value

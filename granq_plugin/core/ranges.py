@@ -23,7 +23,7 @@ class DynamicRange(nn.Module):
 
 
 class CollectedRange(nn.Module):
-    """Per-channel ranges of the batches seen in training mode, until they are frozen.
+    """Per-channel ranges of the batches seen in training mode, until they are frozen; frozen ranges stay.
 
     Buffers start empty and take their shape ``[1, C, 1, ...]`` at the first batch or from a state dict. The state (ranges, number
     of batches, frozen or not) is saved, so that a run resumes in the middle of collecting.

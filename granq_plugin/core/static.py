@@ -73,6 +73,7 @@ class StaticGranQ(GranQBase):
             if not self.scaling_impl.has_ranges:
                 return x, torch.ones_like(x), torch.zeros_like(x), bit_width
             return x, *self._scale_zero_point(*self.scaling_impl.ends()), bit_width
+        GF.check_float(x)
         x = self.clamp(x)
         if self.check_finite:
             GF.check_finite(x)

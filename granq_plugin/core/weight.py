@@ -18,7 +18,8 @@ class MinMaxWeightQuant(GranQBase):
         signed: False: asymmetric. True: symmetric, zero point 0.
 
     Returns:
-        ``(value, scale, zero_point, bit_width)``, scale of shape ``[O, 1, ...]``.
+        ``(value, scale, zero_point, bit_width)``, scale of shape ``[O, 1, ...]``. A grouped transposed convolution has the weight
+        ``[I, O / groups, ...]``: there, as in Brevitas, channels at the same place of every group share a scale.
     """
 
     def __init__(

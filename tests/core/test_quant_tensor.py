@@ -213,6 +213,14 @@ class TestKept:
         back = (integers - q.zero_point) * q.scale
         torch.testing.assert_close(back, q.value, rtol=1e-5, atol=1e-5)
 
+    def test_tensor_methods_are_those_of_the_plain_value(self, q):
+        for function in (lambda t: t.mean((2, 3)), lambda t: t.sum(), lambda t: t[0], lambda t: t[:, ::2], lambda t: t**2,
+                         lambda t: t.chunk(2, 1)[1]):
+            oracles.assert_equal(function(q), function(q.value))
+        assert q.dtype == torch.float32 and q.ndim == 4
+        with pytest.raises(AttributeError):
+            getattr(q, "no_such_thing")  # noqa: B009
+
     def test_detach_contiguous_to_and_set(self, q):
         assert not q.detach().value.requires_grad
         assert q.to(torch.float64).value.dtype == torch.float64

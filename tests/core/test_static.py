@@ -281,6 +281,11 @@ class TestErrors:
                            rf"\b{given_channels}\b.*\b{collected}\b"):
             act(torch.randn(2, given_channels, 4, 4))
 
+    def test_integer_tensor(self):
+        act = frozen(identity(), torch.randn(2, 3, 4))
+        with pytest.raises(TypeError, match="got torch.int64"):
+            act(torch.arange(24).view(2, 3, 4))
+
     def test_calibration_without_a_batch_leaves_it_uncalibrated(self):
         act = identity()
         with calibration_mode(act):

@@ -1,0 +1,118 @@
+"""Finding every ReLU call of a model, so that each can have a quantizer of its own."""
+
+import inspect
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+__all__ = ["RELUS", "separate_relus", "trace"]
+
+RELUS = (nn.ReLU, nn.ReLU6)
+_FUNCTIONS = {F.relu: nn.ReLU, F.relu_: nn.ReLU, torch.relu: nn.ReLU, torch.relu_: nn.ReLU, F.relu6: nn.ReLU6}
+_METHODS = {"relu": nn.ReLU, "relu_": nn.ReLU}
+
+
+def trace(model: nn.Module) -> fx.GraphModule:
+    """The model's graph in its present mode, as called with its required arguments alone.
+
+    The GraphModule shares the model's modules. Functional dropout becomes a module, which follows ``train()`` and ``eval()``.
+    """
+    parameters = inspect.signature(model.forward).parameters.values()
+    optional = {p.name: p.default for p in parameters if p.default is None or isinstance(p.default, (bool, int, float, str))}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Was not able to add assertion", UserWarning)  # fx, of arguments fixed at None
+        graph_model = fx.symbolic_trace(model, concrete_args=optional or None)
+    for node in list(graph_model.graph.nodes):
+        if node.op == "call_function" and node.target is F.dropout:
+            p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+            _call_module_instead(graph_model, node, "dropout", nn.Dropout(p).train(model.training))
+    graph_model.recompile()
+    return graph_model
+
+
+def separate_relus(model: nn.Module, graph_model: fx.GraphModule) -> nn.Module:
+    """A model in which every ReLU call is a module of its own, called once.
+
+    That is ``model`` itself where it holds already. Otherwise it is ``graph_model``, its trace, with a new module for each ReLU
+    that is called as a function or method, or at several places. In-place ReLUs whose input is read again are rewired to what
+    those readers see: a quantizer is never in place.
+    """
+    nodes = [n for n in graph_model.graph.nodes if _relu_class(n, graph_model)]
+    calls = [n.target for n in nodes if n.op == "call_module"]
+    separate = len(calls) == len(nodes) == len(set(calls))
+    if separate and not any(_inplace(n, graph_model) and _later_readers(n) for n in nodes):
+        return model
+    _warn_of_mode_dependence(model, graph_model)
+    seen = set()
+    for node in nodes:
+        if _inplace(node, graph_model):
+            source = node.all_input_nodes[0]
+            for reader in _later_readers(node):
+                reader.replace_input_with(source, node)
+        if node.op != "call_module" or node.target in seen:
+            relu = _relu_class(node, graph_model)().train(model.training)
+            node = _call_module_instead(graph_model, node, "relu" if node.op != "call_module" else node.target, relu)
+        seen.add(node.target)
+    graph_model.graph.lint()
+    graph_model.recompile()
+    return graph_model
+
+
+def _relu_class(node: fx.Node, graph_model: fx.GraphModule) -> type | None:
+    if node.op == "call_module":
+        kind = type(graph_model.get_submodule(node.target))
+        return kind if kind in RELUS else None
+    return {"call_function": _FUNCTIONS, "call_method": _METHODS}.get(node.op, {}).get(node.target)
+
+
+def _inplace(node: fx.Node, graph_model: fx.GraphModule) -> bool:
+    if node.op == "call_module":
+        return graph_model.get_submodule(node.target).inplace
+    if node.target in ("relu", "relu_", F.relu_, torch.relu, torch.relu_):
+        return node.target in ("relu_", F.relu_, torch.relu_)
+    return bool(node.kwargs.get("inplace", node.args[1] if len(node.args) > 1 else False))
+
+
+def _later_readers(node: fx.Node) -> list[fx.Node]:
+    """Nodes that read the input of ``node`` after it."""
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    return [n for n in node.all_input_nodes[0].users if order[n] > order[node]]
+
+
+def _call_module_instead(graph_model: fx.GraphModule, node: fx.Node, name: str, module: nn.Module) -> fx.Node:
+    """Replace ``node`` by a call of ``module`` on its first input, under ``name`` or the first free ``name_1``, ``name_2``..."""
+    taken = {n for n, _ in graph_model.named_modules(remove_duplicate=False)}
+    free = next(n for n in (name, *(f"{name}_{i}" for i in range(1, len(taken) + 2))) if n not in taken)
+    graph_model.add_submodule(free, module)
+    with graph_model.graph.inserting_before(node):
+        new = graph_model.graph.call_module(free, (node.all_input_nodes[0], ))
+    node.replace_all_uses_with(new)
+    graph_model.graph.erase_node(node)
+    return new
+
+
+def _warn_of_mode_dependence(model: nn.Module, graph_model: fx.GraphModule) -> None:
+    """A graph has one branch of each ``if self.training``, and calls no hook of the modules that it flattens."""
+    modes = {m: m.training for m in model.modules()}
+    try:
+        other = trace(model.train(not model.training))
+        differs = _shape_of(other) != _shape_of(graph_model)
+    except Exception:  # the other mode runs the user's code too
+        differs = True
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    mode = "training" if model.training else "evaluation"
+    if differs:
+        warnings.warn(f"the model's forward depends on its mode; the quantized model keeps what it does in {mode} mode. "
+                      "Convert it in the mode in which it will be used", stacklevel=4)
+    called = {graph_model.get_submodule(n.target) for n in graph_model.graph.nodes if n.op == "call_module"}
+    hooked = [name or "the model" for name, m in model.named_modules() if m._forward_hooks and m not in called]
+    if hooked:
+        warnings.warn(f"hooks of modules that are traced through are not called any more: {', '.join(hooked)}", stacklevel=4)
+
+
+def _shape_of(graph_model: fx.GraphModule) -> list[tuple]:
+    return [(n.op, str(n.target), str(n.args), str(n.kwargs)) for n in graph_model.graph.nodes]
