@@ -43,8 +43,10 @@ class BitWidth(click.ParamType):
 
     def convert(self, value, param, ctx):
         from granq_plugin.functional import check_bit_width
-        with contextlib.suppress(ValueError):
-            value = float(value)
+        for number in (int, float):
+            with contextlib.suppress(ValueError):
+                value = number(value)
+                break
         try:
             return check_bit_width(value)
         except (ValueError, TypeError) as e:

@@ -1,29 +1,24 @@
-"""From float to quantized (:func:`quantize`), and from dynamic to static ranges (:func:`to_static`)."""
+"""From float to quantized: :func:`quantize`."""
 
 import copy
 import fnmatch
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from inspect import isclass
+from collections.abc import Mapping
 from typing import Any
 
 import brevitas.nn as qnn
-import torch
 from brevitas.graph.base import ModuleToModuleByInstance
-from brevitas.graph.calibrate import calibration_mode
 from brevitas.graph.utils import set_module
 from brevitas.proxy.parameter_quant import WeightQuantProxyFromInjectorBase
 from brevitas.proxy.quant_proxy import QuantProxyFromInjector
 from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from granq_plugin.core.proxy import GranQDynamicActProxy, GranQStaticActProxy
-from granq_plugin.core.ranges import CollectedRange
 from granq_plugin.functional import check_bit_width
-from granq_plugin.quantizers import GranQActPerChannel, GranQActPerChannelStatic, GranQWeightPerChannel
+from granq_plugin.quantizers import GranQActPerChannel, GranQWeightPerChannel, check_quantizer
 from granq_plugin.relus import RELUS, separate_relus, trace
 
-__all__ = ["quantize", "to_static"]
+__all__ = ["copy_model", "quantize"]
 
 WEIGHT_LAYERS = {
     nn.Linear: qnn.QuantLinear,
@@ -58,7 +53,8 @@ def quantize(
     Every convolution and linear layer gets quantized weights (biases stay float), every ReLU and ReLU6 a quantized output;
     the image input, pre-add branches and pooled features stay float. Functional ReLUs, and ReLU modules that are called at
     several places, are found by tracing with torch.fx, and each call gets its own quantizer. The result is then a GraphModule
-    with the same parameter names: it takes the required arguments, keeps the branches of the present mode (a UserWarning says
+    with the same parameter names (of a layer registered twice, the first): it has the forward alone of the class's methods,
+    takes the required arguments, keeps the branches of the present mode (a UserWarning says
     if there are others) and drops modules that the forward does not reach. Any other model keeps its class. Where tracing
     fails a UserWarning says what could not be seen.
 
@@ -93,23 +89,25 @@ def quantize(
         raise ValueError(f"model is a single {type(model).__name__}, which cannot be replaced in itself: wrap it in nn.Sequential")
     for bit_width in (weight_bit_width, act_bit_width, input_bit_width, first_layer_bit_width, last_layer_bit_width):
         _check_optional_bit_width(bit_width)
-    _check_quantizer("weight_quant", weight_quant, WeightQuantProxyFromInjectorBase)
-    _check_quantizer("act_quant", act_quant, ActQuantProxyFromInjectorBase)
+    check_quantizer("weight_quant", weight_quant, WeightQuantProxyFromInjectorBase)
+    check_quantizer("act_quant", act_quant, ActQuantProxyFromInjectorBase)
     if input_quant is not None:
-        _check_quantizer("input_quant", input_quant, ActQuantProxyFromInjectorBase)
+        check_quantizer("input_quant", input_quant, ActQuantProxyFromInjectorBase)
         if input_bit_width is None:
             raise ValueError("input_quant needs input_bit_width")
-    overrides = overrides or {}
+    overrides = {} if overrides is None else overrides
+    if not isinstance(overrides, Mapping):
+        raise TypeError(f"overrides must be a dict of name patterns to settings, got {overrides!r}")
     for pattern, settings in overrides.items():
         _check_override(pattern, settings)
     if any(isinstance(m, QuantProxyFromInjector) for m in model.modules()):
         raise ValueError("model is already quantized: it contains Brevitas quantizers; start from the float model")
 
-    model, graph = _prepare(model if inplace else _copy(model))
+    model, graph = _prepare(model if inplace else copy_model(model), act_bit_width is not None)
     weight_layers, relus = _quantizable_names(model, graph)
     if not weight_layers:
-        raise ValueError("model has no convolution or linear layer to quantize; known: " +
-                         ", ".join(c.__name__ for c in WEIGHT_LAYERS))
+        raise ValueError(f"model has no convolution or linear layer to quantize; known: "
+                         f"{', '.join(c.__name__ for c in WEIGHT_LAYERS)}, outside of {', '.join(c.__name__ for c in OPAQUE)}")
     if not relus and act_bit_width is not None:
         warnings.warn("model has no ReLU or ReLU6: no activation is quantized", stacklevel=2)
     settings = {n: dict(weight_bit_width=weight_bit_width, weight_quant=weight_quant) for n in weight_layers}
@@ -132,77 +130,12 @@ def quantize(
     return model
 
 
-def to_static(
-        model: nn.Module,
-        calibration_batches: Iterable,
-        *,
-        act_quant=GranQActPerChannelStatic,
-        forward: Callable[[nn.Module, Any], Any] | None = None,
-        inplace: bool = False) -> nn.Module:
-    """Replace every dynamic GranQ activation quantizer by a static one of the same bit width, and collect its ranges.
-
-    The ranges are collected from the float network (Brevitas's ``calibration_mode``: all quantization is off while it lasts) in
-    evaluation mode: the average over the batches of each channel's minimum and maximum, or their union with
-    ``act_quant=GranQActPerChannelStatic.let(range_mode="minmax")``. They are then frozen.
-
-    Args:
-        model: a model with :class:`GranQActPerChannel` quantizers, as :func:`quantize` returns it.
-        calibration_batches: iterable of input tensors, or of tuples whose first element is one (labels are not used).
-        act_quant: the static quantizer.
-        forward: how to run the model on a batch, e.g. ``lambda model, batch: model(**batch)`` for several inputs.
-        inplace: convert ``model`` itself; otherwise a deep copy.
-
-    Returns:
-        The static model, every module in the mode that it was in.
-
-    Raises:
-        ValueError: if there is no batch or no sample, nothing dynamic to replace, or calibration data is not finite.
-        TypeError: if ``calibration_batches`` is one tensor, or a batch is none, or act_quant is not a static GranQ quantizer.
-    """
-    if isinstance(calibration_batches, Tensor) or not isinstance(calibration_batches, Iterable):
-        raise TypeError(f"calibration_batches must be an iterable of batches, got a {type(calibration_batches).__name__}; "
-                        "give a single batch as [batch]")
-    _check_quantizer("act_quant", act_quant, GranQStaticActProxy)
-    model = model if inplace else _copy(model)
-    if not _swap_dynamic_proxies(model, act_quant):
-        raise ValueError("model has no dynamic GranQ activation quantizer (GranQActPerChannel) to make static")
-    modes = {m: m.training for m in model.modules()}
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-
-    def first_element(model, batch):
-        x = _input_of(batch)
-        if len(x):
-            model(x.to(device))
-
-    batches = 0
-    model.eval()
-    with torch.no_grad(), calibration_mode(model):
-        for batch in calibration_batches:
-            (forward or first_element)(model, batch)
-            batches += 1
-    for module, training in modes.items():
-        module.training = training
-    unseen = [name for name, m in model.named_modules() if isinstance(m, CollectedRange) and not m.has_ranges]
-    if len(unseen) == sum(isinstance(m, CollectedRange) for m in model.modules()):
-        raise ValueError(f"calibration_batches is empty: {batches} batches without a sample; at least one image is needed")
-    if unseen:
-        warnings.warn(f"calibration never reached {len(unseen)} activation quantizers, first: {unseen[0]}", stacklevel=2)
-    return model
-
-
-def _copy(model: nn.Module) -> nn.Module:
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy. Raises a ValueError for a model that cannot be copied."""
     try:
         return copy.deepcopy(model)
     except RuntimeError as e:  # e.g. weights computed by torch.nn.utils.weight_norm
         raise ValueError(f"model cannot be copied ({e}); convert it with inplace=True") from e
-
-
-def _input_of(batch) -> Tensor:
-    x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if not isinstance(x, Tensor):
-        raise TypeError(f"a calibration batch must be a tensor or a tuple that starts with one, got {type(x).__name__}; "
-                        "for other inputs give forward=")
-    return x
 
 
 def _check_optional_bit_width(bit_width) -> None:
@@ -210,16 +143,9 @@ def _check_optional_bit_width(bit_width) -> None:
         check_bit_width(bit_width)
 
 
-def _check_quantizer(argument: str, quant, proxy_class: type) -> None:
-    if not isclass(quant) or not issubclass(getattr(quant, "proxy_class", object), proxy_class):
-        kinds = {
-            WeightQuantProxyFromInjectorBase: "a Brevitas weight quantizer, such as GranQWeightPerChannel",
-            ActQuantProxyFromInjectorBase: "a Brevitas activation quantizer, such as GranQActPerChannel",
-            GranQStaticActProxy: "GranQActPerChannelStatic or made from it with .let()"}
-        raise TypeError(f"{argument} must be {kinds[proxy_class]}; got {getattr(quant, '__name__', repr(quant))}")
-
-
 def _check_override(pattern: str, settings) -> None:
+    if not isinstance(pattern, str):
+        raise TypeError(f"override patterns are layer names, got {pattern!r}")
     if settings is None:
         return
     if not isinstance(settings, Mapping):
@@ -231,9 +157,9 @@ def _check_override(pattern: str, settings) -> None:
     for key in ("weight_bit_width", "act_bit_width"):
         _check_optional_bit_width(settings.get(key))
     if "weight_quant" in settings:
-        _check_quantizer("weight_quant", settings["weight_quant"], WeightQuantProxyFromInjectorBase)
+        check_quantizer("weight_quant", settings["weight_quant"], WeightQuantProxyFromInjectorBase)
     if "act_quant" in settings:
-        _check_quantizer("act_quant", settings["act_quant"], ActQuantProxyFromInjectorBase)
+        check_quantizer("act_quant", settings["act_quant"], ActQuantProxyFromInjectorBase)
 
 
 def _apply_override(settings: dict[str, dict], pattern: str, override: Mapping | None) -> None:
@@ -250,12 +176,12 @@ def _apply_override(settings: dict[str, dict], pattern: str, override: Mapping |
         settings[name].update({k: v for k, v in override.items() if k in settings[name]})
 
 
-def _prepare(model: nn.Module) -> tuple[nn.Module, fx.Graph | None]:
+def _prepare(model: nn.Module, needs_relus: bool) -> tuple[nn.Module, fx.Graph | None]:
     """The model with a module for every ReLU call, and its graph if it can be traced."""
     try:
         graph_model = trace(model)
     except Exception as e:  # tracing runs the user's forward: anything may come out of it
-        if not any(isinstance(m, RELUS) for m in model.modules()):
+        if needs_relus and not any(isinstance(m, RELUS) for m in model.modules()):
             raise ValueError(
                 f"model has no ReLU module and cannot be traced to look for functional ones ({type(e).__name__}: {e}); "
                 "use nn.ReLU modules") from e
@@ -330,30 +256,3 @@ def _warn_of_float_weights(model: nn.Module, converted: Mapping) -> None:
     if left:
         warnings.warn(f"{len(left)} weight layers inside attention, of unknown type or never called stay float: "
                       f"{', '.join(left[:5])}", stacklevel=3)
-
-
-def _swap_dynamic_proxies(model: nn.Module, act_quant) -> int:
-    """Rebuild every dynamic proxy as a static one; layers that share a proxy share the new one."""
-    swapped = {}
-    for module in list(model.modules()):
-        for attribute, proxy in list(module.named_children()):
-            if not isinstance(proxy, GranQDynamicActProxy):
-                continue
-            if proxy in swapped:
-                swapped[proxy].add_tracked_module(module)
-            else:
-                swapped[proxy] = _static_proxy(module, proxy, act_quant)
-            setattr(module, attribute, swapped[proxy])
-    return len(swapped)
-
-
-def _static_proxy(layer: nn.Module, proxy: GranQDynamicActProxy, act_quant):
-    fused, injector = proxy.fused_activation_quant_proxy, proxy.quant_injector
-    old = fused.tensor_quant
-    kept = dict(
-        bit_width=old.bit_width, channel_axis=old.channel_axis, check_finite=old.check_finite,
-        min_val=old.clamp.min_val, max_val=old.clamp.max_val, passthrough_act=proxy.is_passthrough_act)
-    if "act_impl" in injector:
-        kept["act_impl"] = injector.act_impl
-    injector = act_quant.let(**kept)
-    return injector.proxy_class(layer, injector).to(next(proxy.buffers()).device).train(proxy.training)

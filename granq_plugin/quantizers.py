@@ -4,6 +4,8 @@ Options are keyword arguments of the Brevitas layer (``QuantReLU(act_quant=GranQ
 ``input_``, ``output_`` or ``weight_`` where the layer has several quantizers) or of ``.let(...)``.
 """
 
+from inspect import isclass
+
 import brevitas.nn as qnn
 from brevitas.inject import ExtendedInjector, value
 from brevitas.inject.enum import (
@@ -14,6 +16,8 @@ from brevitas.inject.enum import (
     ScalingImplType,
     ScalingPerOutputType,
 )
+from brevitas.proxy.parameter_quant import WeightQuantProxyFromInjectorBase
+from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
 from brevitas.quant.solver.act import ActQuantSolver
 from brevitas.quant.solver.weight import WeightQuantSolver
 
@@ -29,6 +33,7 @@ __all__ = [
     "GranQWeightPerChannel",
     "GranQWeightPerChannelSymmetric",
     "GranQWeightPerKernel",
+    "check_quantizer",
 ]
 
 
@@ -130,3 +135,13 @@ class GranQWeightPerKernel(_UnsignedInt8, WeightQuantSolver):
     """
     tensor_quant = PerKernelGranQ
     proxy_class = GranQPerKernelWeightProxy
+
+
+def check_quantizer(argument: str, quant, proxy_class: type) -> None:
+    """Raise a TypeError unless ``quant`` is a Brevitas injector whose proxy is a ``proxy_class``; ``argument`` names it."""
+    if not isclass(quant) or not issubclass(getattr(quant, "proxy_class", object), proxy_class):
+        kinds = {
+            WeightQuantProxyFromInjectorBase: "a Brevitas weight quantizer, such as GranQWeightPerChannel",
+            ActQuantProxyFromInjectorBase: "a Brevitas activation quantizer, such as GranQActPerChannel",
+            GranQStaticActProxy: "GranQActPerChannelStatic or made from it with .let()"}
+        raise TypeError(f"{argument} must be {kinds[proxy_class]}; got {getattr(quant, '__name__', repr(quant))}")

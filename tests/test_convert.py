@@ -15,7 +15,7 @@ from granq_plugin import (
     GranQActPerChannelStatic,
     GranQWeightPerChannelSymmetric,
     GranQWeightPerKernel,
-    convert,
+    calibrate,
     functional,
     quantize,
     to_static,
@@ -143,7 +143,7 @@ def test_quantizers_are_on_the_device_of_the_model(build, act_quant):
     assert tensors and set(tensors.values()) == {"meta"}
     if act_quant is GranQActPerChannel:
         swapped = quantize(build(), input_bit_width=8)
-        convert._swap_dynamic_proxies(swapped.to("meta"), GranQActPerChannelStatic)
+        calibrate._swap_dynamic_proxies(swapped.to("meta"), GranQActPerChannelStatic)
         assert {t.device.type for t in swapped.buffers()} == {"meta"}
 
 
@@ -275,6 +275,8 @@ def test_layers_that_stay_float_are_reported():
     (dict(input_bit_width=0), ValueError, "got 0"),
     (dict(overrides={"nothing*": None}), ValueError, r"'nothing\*' matches no layer; layers are: 0, 3, 6, 2, 4"),
     (dict(overrides={"0": {"bits": 3}}), ValueError, "unknown setting 'bits'; allowed: weight_bit_width"),
+    (dict(overrides=["0"]), TypeError, r"must be a dict of name patterns to settings, got \['0'\]"),
+    (dict(overrides={1: None}), TypeError, "patterns are layer names, got 1"),
     (dict(overrides={"0": 3}), TypeError, "must map to a dict or None, got 3"),
     (dict(overrides={"0": {"weight_bit_width": 99}}), ValueError, "got 99"),
     (dict(weight_bit_width=1, weight_quant=GranQWeightPerChannelSymmetric), ValueError, "at least 2, got 1"),
@@ -383,6 +385,31 @@ def test_bad_calibration_is_named():
         to_static(dynamic, [image() * float("nan")])
     with pytest.raises(ValueError, match="no dynamic GranQ activation quantizer"):
         to_static(sequential(), [image()])
+
+
+def test_a_failed_calibration_in_place_leaves_the_dynamic_model():
+    dynamic = quantize(sequential().eval())
+    before = dynamic(image())
+    with pytest.raises(RuntimeError):
+        to_static(dynamic, [image(), torch.randn(1, 5, 6, 6)], inplace=True)
+    assert torch.equal(dynamic(image()), before) and not dynamic.training
+    assert to_static(dynamic, [image()], inplace=True) is dynamic
+
+
+def test_channel_axis_of_tokens():
+    """[B, T, C]: ranges per feature, for any number of tokens."""
+    dynamic = quantize(nn.Sequential(nn.Linear(6, 6), nn.ReLU()))
+    static = to_static(dynamic, [torch.randn(2, 5, 6)], act_quant=GranQActPerChannelStatic.let(channel_axis=-1))
+    assert static[1].act_quant.scale().shape == (1, 1, 6)
+    assert static(torch.randn(2, 9, 6)).shape == (2, 9, 6)
+    with pytest.raises(ValueError, match="collected for 5 channels, got an input with 9 on axis 1.*channel_axis"):
+        to_static(dynamic, [torch.randn(2, 5, 6)])(torch.randn(2, 9, 6))
+
+
+def test_weights_alone_need_no_relu():
+    with pytest.warns(UserWarning, match="cannot be traced"):
+        quantized = quantize(Untraceable(relu=False), 4, None)
+    assert isinstance(quantized.fc1, qnn.QuantLinear)
 
 
 def test_unreached_quantizers_are_reported():

@@ -50,7 +50,7 @@ def read_npz(path: str | Path) -> ImageSet:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"data file {str(path)!r} does not exist")
+        raise FileNotFoundError(f"data file {str(path)!r} " + ("is a folder" if path.is_dir() else "does not exist"))
     try:
         with np.load(path, allow_pickle=False) as arrays:
             x, y = arrays["x"], arrays["y"]

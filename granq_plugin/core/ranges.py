@@ -92,8 +92,9 @@ class CollectedRange(nn.Module):
         shape = self._range_shape(x)
         if shape.numel() != self.running_min.numel():
             raise ValueError(
-                f"ranges were collected for {self.running_min.numel()} channels, got an input with {shape.numel()}: an activation "
-                "that is called at several places needs one module for each")
+                f"ranges were collected for {self.running_min.numel()} channels, got an input with {shape.numel()} on axis "
+                f"{self.channel_axis}: an activation called at several places needs one module for each, and channels that stand "
+                "elsewhere need channel_axis")
         lo, hi = self.ends()
         return lo.view(shape), hi.view(shape)
 
