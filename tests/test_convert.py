@@ -1,4 +1,4 @@
-"""quantize() and to_static() on networks of many shapes."""
+"""quantize() on networks of many shapes."""
 
 import warnings
 
@@ -20,31 +20,7 @@ from granq_plugin import (
     quantize,
     to_static,
 )
-from granq_plugin.core.static import StaticGranQ
-
-
-class SharedReLU(nn.Module):
-    """As torchvision's residual blocks: one ReLU module, called twice, on different numbers of channels."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.conv2, self.relu = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3), nn.ReLU(inplace=True)
-        self.fc = nn.Linear(6, 2)
-
-    def forward(self, x):
-        x = self.relu(self.conv1(x))
-        return self.fc(self.relu(self.conv2(x)).mean([2, 3]))
-
-
-class FunctionalReLU(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.fc1, self.fc2 = nn.Conv2d(3, 4, 3), nn.Linear(4, 5), nn.Linear(5, 2)
-
-    def forward(self, x):
-        x = F.relu(self.conv(x)).amax([2, 3])
-        x = torch.relu(self.fc1(x)).relu() + F.relu6(x.sum(1, keepdim=True))
-        return self.fc2(x)
+from networks import FunctionalReLU, SharedReLU, image, quant_relus, sequential
 
 
 class Untraceable(nn.Module):
@@ -57,19 +33,6 @@ class Untraceable(nn.Module):
     def forward(self, x):
         x = self.fc1(x)
         return self.fc2(self.act(x)) if x.sum() > 0 else self.fc2(self.act(-x))
-
-
-def sequential():
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.ReLU6(), nn.Flatten(), nn.Linear(16, 2))
-
-
-def image(seed=0, batch=2):
-    return torch.randn(batch, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
-
-
-def quant_relus(model):
-    return {n: m for n, m in model.named_modules() if isinstance(m, qnn.QuantReLU)}
 
 
 def has_quantizer(model):
@@ -304,125 +267,10 @@ def test_bad_models_are_named():
         quantize(nn.Sequential(nn.ReLU()))
 
 
-@pytest.mark.parametrize("build", [sequential, SharedReLU, FunctionalReLU])
-def test_to_static_freezes_the_float_network_s_average_ranges(build):
-    model = build().eval()
-    dynamic = quantize(model, 4, 4)
-    batches = [image(1), (image(2), torch.zeros(2))]
-    static = to_static(dynamic, batches)
-    assert static.training == dynamic.training
-    quantizers = [m for m in static.modules() if isinstance(m, StaticGranQ)]
-    assert len(quantizers) == len(quant_relus(dynamic)) and all(q.scaling_impl.frozen and q.bit_width == 4 for q in quantizers)
-    name, relu = next(iter(quant_relus(static).items()))
-    maxima = []
-    float_model = quantize(model, None, None) if build is sequential else quantize(model, None, 16)
-    float_model.get_submodule(name).register_forward_hook(lambda m, i, o: maxima.append(o.detach().amax([0, 2, 3])))
-    for x in (image(1), image(2)):
-        float_model(x)
-    running_max = relu.act_quant.fused_activation_quant_proxy.tensor_quant.scaling_impl.running_max.flatten()
-    assert torch.allclose(running_max, torch.stack(maxima).mean(0), rtol=1e-4)
-    before = static(image(3))
-    assert torch.equal(static(image(3)), before)  # no state moves any more
-    assert torch.equal(static(image(3))[:1], static(image(3)[:1]))  # nor does a sample depend on its batch
-    assert not any(isinstance(m, StaticGranQ) for m in dynamic.modules())
-
-
-def test_to_static_keeps_limits_and_shared_proxies():
-    model = nn.Sequential(qnn.QuantHardTanh(act_quant=GranQActPerChannel, bit_width=3, min_val=-0.5, max_val=0.5))
-    model.append(qnn.QuantIdentity(act_quant=model[0].act_quant))
-    static = to_static(model, [torch.randn(8, 3, 4)])
-    assert static[0].act_quant is static[1].act_quant
-    assert static[0](torch.full((1, 3, 4), 9.0)).max() <= 0.5 + 1e-6
-
-
-def test_a_static_model_round_trips_through_its_state_dict():
-    dynamic = quantize(SharedReLU().eval())
-    static = to_static(dynamic, [image(1)])
-    other = to_static(dynamic, [image(2)])
-    other.load_state_dict(static.state_dict())
-    assert torch.equal(other(image()), static(image()))
-
-
-def test_several_inputs_and_single_modes():
-    class TwoInputs(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc, self.bn, self.relu = nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU()
-
-        def forward(self, x, y):
-            return self.relu(self.bn(self.fc(x))) + y
-
-    dynamic = quantize(TwoInputs()).train()
-    dynamic.bn.eval()
-    batch = dict(x=torch.randn(4, 3), y=torch.randn(4, 3))
-    static = to_static(dynamic, [batch], forward=lambda model, b: model(**b))
-    assert static.training and not static.bn.training
-    with pytest.raises(TypeError, match="for other inputs give forward="):
-        to_static(dynamic, [batch])
-
-
-def test_options_of_the_static_quantizer_are_taken():
-    static = to_static(quantize(sequential().eval()), [image(1), image(2)], act_quant=GranQActPerChannelStatic.let(
-        range_mode="minmax", learned_scale=True))
-    quantizer = static[2].act_quant.fused_activation_quant_proxy.tensor_quant
-    assert quantizer.scaling_impl.range_mode == "minmax" and quantizer.learned_scale.shape == (1, 4, 1, 1)
-
-
-def test_bad_calibration_is_named():
-    dynamic = quantize(sequential().eval())
-    with pytest.raises(ValueError, match="calibration_batches is empty: 0 batches"):
-        to_static(dynamic, [])
-    with pytest.raises(ValueError, match="2 batches without a sample"):
-        to_static(dynamic, [image(batch=0)] * 2)
-    for batches in (image(), None):
-        with pytest.raises(TypeError, match="must be an iterable of batches, got a (Tensor|NoneType); give"):
-            to_static(dynamic, batches)
-    with pytest.raises(TypeError, match="act_quant must be GranQActPerChannelStatic.*got GranQActPerChannel"):
-        to_static(dynamic, [image()], act_quant=GranQActPerChannel)
-    with pytest.raises(TypeError, match="must be a tensor or a tuple that starts with one, got str"):
-        to_static(dynamic, ["image"])
-    with pytest.raises(ValueError, match="NaN or Inf: calibration data was not finite"):
-        to_static(dynamic, [image() * float("nan")])
-    with pytest.raises(ValueError, match="no dynamic GranQ activation quantizer"):
-        to_static(sequential(), [image()])
-
-
-def test_a_failed_calibration_in_place_leaves_the_dynamic_model():
-    dynamic = quantize(sequential().eval())
-    before = dynamic(image())
-    with pytest.raises(RuntimeError):
-        to_static(dynamic, [image(), torch.randn(1, 5, 6, 6)], inplace=True)
-    assert torch.equal(dynamic(image()), before) and not dynamic.training
-    assert to_static(dynamic, [image()], inplace=True) is dynamic
-
-
-def test_channel_axis_of_tokens():
-    """[B, T, C]: ranges per feature, for any number of tokens."""
-    dynamic = quantize(nn.Sequential(nn.Linear(6, 6), nn.ReLU()))
-    static = to_static(dynamic, [torch.randn(2, 5, 6)], act_quant=GranQActPerChannelStatic.let(channel_axis=-1))
-    assert static[1].act_quant.scale().shape == (1, 1, 6)
-    assert static(torch.randn(2, 9, 6)).shape == (2, 9, 6)
-    with pytest.raises(ValueError, match="collected for 5 channels, got an input with 9 on axis 1.*channel_axis"):
-        to_static(dynamic, [torch.randn(2, 5, 6)])(torch.randn(2, 9, 6))
-
-
 def test_weights_alone_need_no_relu():
     with pytest.warns(UserWarning, match="cannot be traced"):
         quantized = quantize(Untraceable(relu=False), 4, None)
     assert isinstance(quantized.fc1, qnn.QuantLinear)
-
-
-def test_unreached_quantizers_are_reported():
-    class Auxiliary(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.main, self.relu, self.unused = nn.Linear(3, 3), nn.ReLU(), nn.ReLU()
-
-        def forward(self, x):
-            return self.relu(self.main(x))
-
-    with pytest.warns(UserWarning, match="never reached 1 activation quantizers, first: unused"):
-        to_static(quantize(Auxiliary()), [torch.randn(4, 3)])
 
 
 def test_torchvision_networks():

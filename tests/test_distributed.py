@@ -1,11 +1,11 @@
 """Static ranges and training under torch.distributed: two gloo processes on this machine."""
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 
 import oracles
+import ranks
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without torch.distributed and gloo")

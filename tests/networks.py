@@ -1,0 +1,43 @@
+"""Small float networks that tests of conversion share."""
+
+import brevitas.nn as qnn
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class SharedReLU(nn.Module):
+    """As torchvision's residual blocks: one ReLU module, called twice, on different numbers of channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.relu = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3), nn.ReLU(inplace=True)
+        self.fc = nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = self.relu(self.conv1(x))
+        return self.fc(self.relu(self.conv2(x)).mean([2, 3]))
+
+
+class FunctionalReLU(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc1, self.fc2 = nn.Conv2d(3, 4, 3), nn.Linear(4, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        x = F.relu(self.conv(x)).amax([2, 3])
+        x = torch.relu(self.fc1(x)).relu() + F.relu6(x.sum(1, keepdim=True))
+        return self.fc2(x)
+
+
+def sequential():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.ReLU6(), nn.Flatten(), nn.Linear(16, 2))
+
+
+def image(seed=0, batch=2):
+    return torch.randn(batch, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def quant_relus(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, qnn.QuantReLU)}
