@@ -115,14 +115,14 @@ def main(data: Path, weights: Path, calibration_data: Path, calibration_images: 
     chosen = read_npz(calibration_data).subset(calibration_images)
     full_precision = evaluate(model, test_set, card.preprocessing)
     jobs = [(w, a, b) for w, (_, activations) in REGIMES.items() for a in activations for b in BIT_WIDTHS]
-    rows = []
+    weights_sha256, rows = sha256(weights), []
     for regime, activations, bits in tqdm(jobs, unit="network"):
         network = quantized_network(
             model, regime, activations, bits, lambda: input_batches(chosen.images, card.preprocessing, 250))
         accuracy = evaluate(network, test_set, card.preprocessing)
         rows.append(dict(
             weights=regime, activations=activations, bits=str(bits), float_top1=f"{full_precision.top1:.2f}",
-            top1=f"{accuracy.top1:.2f}", correct=accuracy.correct, images=accuracy.total, weights_sha256=sha256(weights),
+            top1=f"{accuracy.top1:.2f}", correct=accuracy.correct, images=accuracy.total, weights_sha256=weights_sha256,
             calibration=f"{len(chosen)} unlabelled images of {calibration_data.parent.name}/{calibration_data.name}"))
     RESULTS.mkdir(exist_ok=True)
     part = RESULTS / "accuracy.csv.part"

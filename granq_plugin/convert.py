@@ -31,8 +31,10 @@ WEIGHT_LAYERS = {
 }
 # These call their children's weights directly (attention, the transformer's fast path), past any quantizer.
 OPAQUE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-_WEIGHT_KEYS = ("weight_bit_width", "weight_quant")
-_ACT_KEYS = ("act_bit_width", "act_quant")
+_QUANTIZER_PROXIES = dict(
+    weight_quant=WeightQuantProxyFromInjectorBase, act_quant=ActQuantProxyFromInjectorBase,
+    input_quant=ActQuantProxyFromInjectorBase)
+_OVERRIDE_KEYS = ("weight_bit_width", "weight_quant", "act_bit_width", "act_quant")
 
 
 def quantize(
@@ -54,9 +56,9 @@ def quantize(
     the image input, pre-add branches and pooled features stay float. Functional ReLUs, and ReLU modules that are called at
     several places, are found by tracing with torch.fx, and each call gets its own quantizer. The result is then a GraphModule
     with the same parameter names (of a layer registered twice, the first): it has the forward alone of the class's methods,
-    takes the required arguments, keeps the branches of the present mode (a UserWarning says
-    if there are others) and drops modules that the forward does not reach. Any other model keeps its class. Where tracing
-    fails a UserWarning says what could not be seen.
+    takes the required arguments, keeps the branches of the present mode (a UserWarning says if there are others) and drops
+    modules that the forward does not reach. Any other model keeps its class. Where tracing fails a UserWarning says what could
+    not be seen.
 
     Args:
         model: float torch model, on any device; in evaluation mode unless it is to be trained.
@@ -89,10 +91,9 @@ def quantize(
         raise ValueError(f"model is a single {type(model).__name__}, which cannot be replaced in itself: wrap it in nn.Sequential")
     for bit_width in (weight_bit_width, act_bit_width, input_bit_width, first_layer_bit_width, last_layer_bit_width):
         _check_optional_bit_width(bit_width)
-    check_quantizer("weight_quant", weight_quant, WeightQuantProxyFromInjectorBase)
-    check_quantizer("act_quant", act_quant, ActQuantProxyFromInjectorBase)
+    _check_quantizers(dict(weight_quant=weight_quant, act_quant=act_quant))
     if input_quant is not None:
-        check_quantizer("input_quant", input_quant, ActQuantProxyFromInjectorBase)
+        _check_quantizers(dict(input_quant=input_quant))
         if input_bit_width is None:
             raise ValueError("input_quant needs input_bit_width")
     overrides = {} if overrides is None else overrides
@@ -143,6 +144,12 @@ def _check_optional_bit_width(bit_width) -> None:
         check_bit_width(bit_width)
 
 
+def _check_quantizers(settings: Mapping) -> None:
+    for argument, proxy_class in _QUANTIZER_PROXIES.items():
+        if argument in settings:
+            check_quantizer(argument, settings[argument], proxy_class)
+
+
 def _check_override(pattern: str, settings) -> None:
     if not isinstance(pattern, str):
         raise TypeError(f"override patterns are layer names, got {pattern!r}")
@@ -150,16 +157,12 @@ def _check_override(pattern: str, settings) -> None:
         return
     if not isinstance(settings, Mapping):
         raise TypeError(f"override {pattern!r} must map to a dict or None, got {settings!r}")
-    allowed = _WEIGHT_KEYS + _ACT_KEYS
-    unknown = [k for k in settings if k not in allowed]
+    unknown = [k for k in settings if k not in _OVERRIDE_KEYS]
     if unknown:
-        raise ValueError(f"override {pattern!r} has unknown setting {unknown[0]!r}; allowed: {', '.join(allowed)}")
+        raise ValueError(f"override {pattern!r} has unknown setting {unknown[0]!r}; allowed: {', '.join(_OVERRIDE_KEYS)}")
     for key in ("weight_bit_width", "act_bit_width"):
         _check_optional_bit_width(settings.get(key))
-    if "weight_quant" in settings:
-        check_quantizer("weight_quant", settings["weight_quant"], WeightQuantProxyFromInjectorBase)
-    if "act_quant" in settings:
-        check_quantizer("act_quant", settings["act_quant"], ActQuantProxyFromInjectorBase)
+    _check_quantizers(settings)
 
 
 def _apply_override(settings: dict[str, dict], pattern: str, override: Mapping | None) -> None:
@@ -222,18 +225,19 @@ def _quant_weight_layer(layer: nn.Module, settings: dict, input_settings: dict) 
     new = rewriter.init_new_module(copy.copy(layer), load_state_dict=False)  # copy: Brevitas leaves a mark on the old layer
     new.weight, new.bias = layer.weight, layer.bias  # the same parameters: tied weights stay tied, frozen ones frozen
     new.weight_quant.init_tensor_quant()
-    return _with_hooks_of(layer, new)
+    return _as_successor_of(layer, new)
 
 
 def _quant_relu(relu: nn.Module, settings: dict) -> nn.Module:
     if settings["act_bit_width"] is None:
         return relu
     limit = dict(max_val=6.0) if isinstance(relu, nn.ReLU6) else {}
-    return _with_hooks_of(relu, qnn.QuantReLU(
+    return _as_successor_of(relu, qnn.QuantReLU(
         act_quant=settings["act_quant"], bit_width=check_bit_width(settings["act_bit_width"]), **limit))
 
 
-def _with_hooks_of(old: nn.Module, new: nn.Module) -> nn.Module:
+def _as_successor_of(old: nn.Module, new: nn.Module) -> nn.Module:
+    """``new`` with the mode and the hooks of ``old``."""
     new.train(old.training)
     for attribute in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
                       "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"):
@@ -250,9 +254,7 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 def _warn_of_float_weights(model: nn.Module, converted: Mapping) -> None:
     """Say which layers stay in float, other than those that were asked to."""
-    left = [
-        name for name, m in model.named_modules()
-        if name not in converted and isinstance(m, tuple(WEIGHT_LAYERS)) and not hasattr(m, "weight_quant")]
+    left = [name for name, m in model.named_modules() if name not in converted and isinstance(m, tuple(WEIGHT_LAYERS))]
     if left:
         warnings.warn(f"{len(left)} weight layers inside attention, of unknown type or never called stay float: "
                       f"{', '.join(left[:5])}", stacklevel=3)

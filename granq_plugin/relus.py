@@ -44,7 +44,7 @@ def separate_relus(model: nn.Module, graph_model: fx.GraphModule) -> nn.Module:
     separate = len(calls) == len(nodes) == len(set(calls))
     if separate and not any(_inplace(n, graph_model) and _later_readers(n) for n in nodes):
         return model
-    _warn_of_mode_dependence(model, graph_model)
+    _warn_of_what_a_graph_loses(model, graph_model)
     seen = set()
     for node in nodes:
         if _inplace(node, graph_model):
@@ -93,12 +93,12 @@ def _call_module_instead(graph_model: fx.GraphModule, node: fx.Node, name: str, 
     return new
 
 
-def _warn_of_mode_dependence(model: nn.Module, graph_model: fx.GraphModule) -> None:
+def _warn_of_what_a_graph_loses(model: nn.Module, graph_model: fx.GraphModule) -> None:
     """A graph has one branch of each ``if self.training``, and calls no hook of the modules that it flattens."""
     modes = {m: m.training for m in model.modules()}
     try:
         other = trace(model.train(not model.training))
-        differs = _shape_of(other) != _shape_of(graph_model)
+        differs = _structure(other) != _structure(graph_model)
     except Exception:  # the other mode runs the user's code too
         differs = True
     finally:
@@ -114,5 +114,5 @@ def _warn_of_mode_dependence(model: nn.Module, graph_model: fx.GraphModule) -> N
         warnings.warn(f"hooks of modules that are traced through are not called any more: {', '.join(hooked)}", stacklevel=4)
 
 
-def _shape_of(graph_model: fx.GraphModule) -> list[tuple]:
+def _structure(graph_model: fx.GraphModule) -> list[tuple]:
     return [(n.op, str(n.target), str(n.args), str(n.kwargs)) for n in graph_model.graph.nodes]
