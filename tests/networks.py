@@ -41,3 +41,24 @@ def image(seed=0, batch=2):
 
 def quant_relus(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, qnn.QuantReLU)}
+
+
+def teacher_network(classes=10):
+    """A small teacher with a residual block, whose BatchNorm statistics are not the initial ones; for images of 8x8 and more."""
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.relu = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU()
+
+        def forward(self, x):
+            return self.relu(self.bn(self.conv(x)) + x)
+    network = nn.Sequential(
+        nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), Block(), nn.AvgPool2d(2), nn.Conv2d(6, 8, 1),
+        nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+    for m in network.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.5, 2)
+            nn.init.normal_(m.bias)
+            m.running_mean.normal_()
+            m.running_var.uniform_(0.5, 2)
+    return network.eval()

@@ -1,0 +1,35 @@
+"""Files that are whole or not there: written to a temporary name in the same folder, then renamed."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["atomic_path", "write_text"]
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path to write to; it becomes ``path`` when the block ends, and vanishes if the block raises.
+
+    Raises:
+        OSError: naming ``path``, if it cannot be written, e.g. on a full disk. What stood there before is left whole.
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    try:
+        yield part
+        with open(part, "rb+") as f:
+            os.fsync(f.fileno())  # a crash of the machine must not leave an empty file under the final name
+        part.replace(path)
+    except OSError as e:
+        raise type(e)(f"cannot write {str(path)!r}: {e.strerror or e}") from e
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    with atomic_path(path) as part:
+        part.write_text(text, encoding="utf-8")

@@ -1,0 +1,56 @@
+"""A memory of synthetic images with the teacher's logits."""
+
+import torch
+from torch import Tensor
+
+from granq_plugin.zero_shot import parallel
+
+__all__ = ["ImageMemory"]
+
+
+class ImageMemory:
+    """The latest ``capacity`` images of the global batch, in float16 on the CPU, and their teacher logits.
+
+    Every rank holds all of them, so that a draw does not depend on the number of ranks.
+
+    Args:
+        capacity: 0: nothing is kept.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._images = torch.empty(0, dtype=torch.float16)
+        self._logits = torch.empty(0)
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def images(self) -> Tensor:
+        """The images ``[N, C, S, S]``, float16."""
+        return self._images
+
+    def add(self, images: Tensor, logits: Tensor) -> None:
+        """Add a global batch; beyond the capacity it takes the place of the oldest images."""
+        if self.capacity == 0:
+            return
+        images, logits = images.to("cpu", torch.float16), logits.cpu()
+        room = self.capacity - len(self)
+        if room > 0:
+            self._images = torch.cat([self._images, images[:room]]) if len(self) else images[:room].clone()
+            self._logits = torch.cat([self._logits, logits[:room]]) if len(self._logits) else logits[:room].clone()
+            images, logits = images[room:], logits[room:]
+        places = (self._next + torch.arange(len(images))) % self.capacity
+        self._images[places], self._logits[places] = images, logits
+        self._next = (self._next + len(images)) % self.capacity
+
+    def draw(self, count: int, rng: torch.Generator, like: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's part of ``count`` images drawn with replacement, and their logits, on the device of ``like``."""
+        chosen = parallel.shard(torch.randint(len(self), (count, ), generator=rng))
+        return self._images[chosen].to(like.device, like.dtype), self._logits[chosen].to(like.device)
+
+    def state(self) -> dict:
+        return dict(images=self._images, logits=self._logits, next=self._next)
+
+    def load_state(self, state: dict) -> None:
+        self._images, self._logits, self._next = state["images"], state["logits"], state["next"]

@@ -1,0 +1,109 @@
+"""What a run leaves on disk: its settings, checkpoints, metrics and result, each file whole or not there."""
+
+import csv
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import torch
+from brevitas.proxy.quant_proxy import QuantProxyFromInjector
+from torch import nn
+
+from granq_plugin._version import __version__
+from granq_plugin.atomic import atomic_path, write_text
+from granq_plugin.zero_shot import parallel
+from granq_plugin.zero_shot.config import ZeroShotConfig
+
+__all__ = ["RunDirectory", "fingerprint"]
+
+# They say how often to save and how to compute, not what: a resumed run may change them.
+_FREE_SETTINGS = ("checkpoint_every", )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of a model's state, and over the bit widths of its quantizers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for name, proxy in model.named_modules():
+        if isinstance(proxy, QuantProxyFromInjector) and proxy.is_quant_enabled:
+            digest.update(f"{name} {type(proxy).__name__} {proxy.bit_width()}\n".encode())
+    return digest.hexdigest()
+
+
+class RunDirectory:
+    """A folder that belongs to one run: ``config.toml``, ``run.json``, ``checkpoint.pt``, ``metrics.csv``; rank 0 writes it.
+
+    Args:
+        path: the folder; it is made if need be.
+        config, teacher, student: of the run; the student before training.
+        resume: go on with the run that the folder holds; a folder without one starts it.
+
+    Raises:
+        FileExistsError: if the folder holds a run, or any other file, and resume is False.
+        ValueError: if it holds a run with other settings, another teacher or another student. NotADirectoryError: for a file.
+    """
+
+    def __init__(self, path: str | Path, config: ZeroShotConfig, teacher: nn.Module, student: nn.Module, resume: bool) -> None:
+        self.path = Path(path)
+        self.identity = dict(
+            teacher_state_sha256=fingerprint(teacher), student_state_sha256=fingerprint(student), version=__version__,
+            torch=torch.__version__)
+        parallel.from_first_rank(lambda: self._prepare(config, resume))
+
+    def _prepare(self, config: ZeroShotConfig, resume: bool) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"run directory {str(self.path)!r} is a file")
+        if (self.path / "run.json").is_file():
+            if not resume:
+                raise FileExistsError(f"run directory {str(self.path)!r} holds another run; resume it, or choose another folder")
+            self._check_same_run(config)
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise FileExistsError(f"run directory {str(self.path)!r} is not empty and holds no run; choose another folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / "config.toml", config.to_toml())
+        write_text(self.path / "run.json", json.dumps(self.identity, indent=2) + "\n")
+
+    def _check_same_run(self, config: ZeroShotConfig) -> None:
+        stored = ZeroShotConfig.from_file(self.path / "config.toml")
+        names = [n for n in vars(config) if n not in _FREE_SETTINGS and getattr(stored, n) != getattr(config, n)]
+        differences = [f"{n} was {getattr(stored, n)!r}, is {getattr(config, n)!r}" for n in names]
+        identity = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        differences += [f"another {who}" for who in ("teacher", "student")
+                        if identity.get(f"{who}_state_sha256") != self.identity[f"{who}_state_sha256"]]
+        if differences:
+            raise ValueError(f"run directory {str(self.path)!r} holds a different run: {'; '.join(differences)}")
+
+    def save_checkpoint(self, state: dict) -> None:
+        """Replace the checkpoint, whole or not at all."""
+        if parallel.rank() > 0:
+            return
+        with atomic_path(self.path / "checkpoint.pt") as part:
+            try:
+                torch.save(state, part)
+            except RuntimeError as e:  # torch's writer reports a full disk so
+                raise OSError(f"{e}") from e
+
+    def load_checkpoint(self) -> dict | None:
+        """The last checkpoint, or None. Raises a ValueError if it is damaged."""
+        path = self.path / "checkpoint.pt"
+        if not path.is_file():
+            return None
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as e:  # anything comes out of a damaged file
+            raise ValueError(f"checkpoint {str(path)!r} is damaged ({type(e).__name__}); remove it to start again") from e
+
+    def save_metrics(self, rows: list[dict]) -> None:
+        """Write ``metrics.csv``, a line per epoch; a value that an epoch lacks is empty."""
+        if parallel.rank() > 0:
+            return
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.path / "metrics.csv", text.getvalue())

@@ -1,0 +1,202 @@
+"""The state of a run: networks, optimizers, random numbers, metrics; and how one iteration changes it."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from granq_plugin.core.static import StaticGranQ
+from granq_plugin.zero_shot import parallel
+from granq_plugin.zero_shot.config import ZeroShotConfig
+from granq_plugin.zero_shot.generator import Generator
+from granq_plugin.zero_shot.memory import ImageMemory
+from granq_plugin.zero_shot.step import ObservedTeacher, StepResult, generator_step, student_step
+
+__all__ = ["Training"]
+
+
+class Training:
+    """Everything that a checkpoint holds; networks are trained in place.
+
+    Args:
+        student, teacher, config, images: see :func:`granq_plugin.zero_shot.zero_shot_qat`; the teacher is frozen and in
+            evaluation mode.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, config: ZeroShotConfig, images: Tensor | None) -> None:
+        self.config = config
+        self.student = student
+        self.observed = ObservedTeacher(teacher) if images is None else None
+        self.like = next(student.parameters()).detach()
+        self.rng = torch.Generator().manual_seed(config.seed)
+        self.generator = _new_generator(config).to(self.like.device) if images is None else None
+        self.memory = ImageMemory(config.memory_size)
+        self.iteration = 0
+        self.metrics: list[dict] = []
+        self._sums: dict[str, Tensor] = {}
+        self._started = time.perf_counter()
+        self._static = [m for m in student.modules() if isinstance(m, StaticGranQ) and not m.scaling_impl.frozen]
+        for quantizer in self._static:  # this run decides when they freeze
+            quantizer.scaling_impl.collect_stats_steps = sys.maxsize
+        self.freeze_at = self.first_student_iteration + config.iterations * (
+            config.range_epochs or max(1, (config.epochs - (config.warmup_epochs if self.generator else 0)) // 2))
+        self.optimizer = _student_optimizer(student, config)
+        self.generator_optimizer = None if self.generator is None else torch.optim.Adam(
+            self.generator.parameters(), config.generator_lr, config.betas)
+        if images is not None:
+            self._fill(images, teacher)
+        self._compiled = [self.observed, self.student, self.generator]
+        if config.compile != "off":
+            mode = "reduce-overhead" if config.compile == "cudagraphs" else None
+            torch._functorch.config.donated_buffer = False  # the student's graph is walked twice
+            self._compiled = [None if m is None else torch.compile(m, mode=mode) for m in self._compiled]
+
+    @property
+    def first_student_iteration(self) -> int:
+        return self.config.warmup_epochs * self.config.iterations if self.generator else 0
+
+    def step(self) -> dict[str, Tensor]:
+        """One iteration; returns its scalars."""
+        config = self.config
+        self._set_modes()
+        for optimizer, lr in ((self.optimizer, config.student_lr), (self.generator_optimizer, config.generator_lr)):
+            for group in optimizer.param_groups if optimizer else ():
+                group["lr"] = lr * config.lr_factor(self.iteration)
+        trains_student = self.iteration >= self.first_student_iteration
+        log = self._generator_iteration(trains_student) if self.generator else {}
+        if trains_student:
+            for _ in range(config.replay_steps if self.generator else 1):
+                log = {**self._memory_iteration(), **log}
+        self.iteration += 1
+        for name, value in log.items():
+            self._sums[name] = self._sums.get(name, 0) + value
+        return log
+
+    def _generator_iteration(self, trains_student: bool) -> dict[str, Tensor]:
+        config = self.config
+        noise = torch.randn(config.batch_size, config.latent_dim, generator=self.rng)
+        labels = torch.randint(config.num_classes, (config.batch_size, ), generator=self.rng)
+        params = list(self.generator.parameters())
+        student_params = self._student_params() if trains_student else []
+        teacher, student, generator = self._compiled
+        results = []
+        for z, y in zip(noise.chunk(config.accumulation_steps), labels.chunk(config.accumulation_steps)):
+            z, y = parallel.shard(z).to(self.like.device), parallel.shard(y).to(self.like.device)
+            results.append(generator_step(teacher, student, generator, z, y, params, student_params, config))
+        _update(self.generator_optimizer, params, [r.generator_grads for r in results])
+        if trains_student:
+            _update(self.optimizer, student_params, [r.student_grads for r in results])
+        for r in results:
+            self.memory.add(parallel.gather(r.images), parallel.gather(r.teacher_logits))
+        return _mean_log(results)
+
+    def _memory_iteration(self) -> dict[str, Tensor]:
+        config, params, results = self.config, self._student_params(), []
+        for _ in range(config.accumulation_steps):
+            x, t = self.memory.draw(config.batch_size // config.accumulation_steps, self.rng, self.like)
+            if config.channels_last:
+                x = x.contiguous(memory_format=torch.channels_last)
+            results.append(student_step(self._compiled[1], x, t, params, config))
+        _update(self.optimizer, params, [r.student_grads for r in results])
+        return _mean_log(results)
+
+    def _student_params(self) -> list[nn.Parameter]:
+        """A learned scale has no elements until it starts to learn."""
+        return [p for group in self.optimizer.param_groups for p in group["params"] if p.numel()]
+
+    def _set_modes(self) -> None:
+        """The student in evaluation mode (the teacher's BatchNorm statistics stay), but for static ranges that still move."""
+        self.student.eval()
+        if self.generator:
+            self.generator.train()
+        moving = self.iteration < self.freeze_at
+        for quantizer in self._static:
+            quantizer.train(moving)
+            if not moving:
+                quantizer.init_scale()
+
+    def end_epoch(self) -> dict:
+        """The epoch's metrics so far; the caller may add to them."""
+        now, config = time.perf_counter(), self.config
+        sums = list(self._sums.values())
+        parallel.average_(sums)
+        means = {name: float(value) / config.iterations for name, value in zip(self._sums, sums)}
+        row = dict(epoch=self.iteration // config.iterations, iterations=self.iteration,
+                   lr=config.student_lr * config.lr_factor(self.iteration - 1), **means,
+                   images_per_second=config.iterations * config.batch_size / (now - self._started))
+        self.metrics.append(row)
+        self._sums, self._started = {}, now
+        return row
+
+    def state(self) -> dict:
+        """What a checkpoint holds: tensors and plain values."""
+        return dict(
+            iteration=self.iteration, student=self.student.state_dict(), optimizer=self.optimizer.state_dict(),
+            generator=self.generator.state_dict() if self.generator else None,
+            generator_optimizer=self.generator_optimizer.state_dict() if self.generator else None,
+            rng=self.rng.get_state(), memory=self.memory.state() if self.generator else None, metrics=self.metrics,
+            sums=self._sums)
+
+    def load_state(self, state: dict) -> None:
+        self.iteration = state["iteration"]
+        self.student.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.generator:
+            self.generator.load_state_dict(state["generator"])
+            self.generator_optimizer.load_state_dict(state["generator_optimizer"])
+            self.memory.load_state(state["memory"])
+        self.rng.set_state(state["rng"])
+        self.metrics = state["metrics"]
+        self._sums = {k: v.to(self.like.device) for k, v in state["sums"].items()}
+
+    def evaluate(self, function: Callable[[nn.Module], float]) -> float:
+        """``function`` of the student as it would be deployed now; on one rank, the others get its number."""
+        self.student.eval()
+        return parallel.from_first_rank(lambda: float(function(self.student)))
+
+    def close(self) -> None:
+        """Leave the student as it is deployed, in evaluation mode, and the teacher without hooks."""
+        self.student.eval()
+        if self.observed:
+            self.observed.statistics.remove()
+
+    def _fill(self, images: Tensor, teacher: nn.Module) -> None:
+        self.memory = ImageMemory(len(images))
+        with torch.no_grad():
+            for batch in images.split(250):
+                x = batch.to(torch.float16)  # as the student will see them
+                self.memory.add(x, teacher(x.to(self.like.device, self.like.dtype)).float())
+
+
+def _new_generator(config: ZeroShotConfig) -> Generator:
+    """The same weights for the same seed, whatever torch's global random state is, which stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return Generator(config.image_size, config.num_classes, config.latent_dim, config.image_channels)
+
+
+def _student_optimizer(student: nn.Module, config: ZeroShotConfig) -> torch.optim.Optimizer:
+    """SGD as published; learned scales are not decayed."""
+    scales, others = [], []
+    for name, p in student.named_parameters():
+        if p.requires_grad:
+            (scales if name.endswith("learned_scale") else others).append(p)
+    groups = [dict(params=others, weight_decay=config.weight_decay)] + ([dict(params=scales, weight_decay=0.0)] if scales else [])
+    return torch.optim.SGD(groups, config.student_lr, config.momentum, nesterov=config.momentum > 0)
+
+
+def _update(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], grads: list[Sequence[Tensor]]) -> None:
+    """One step with the mean of the micro-batches' and the ranks' gradients."""
+    means = [g[0] if len(g) == 1 else torch.stack(g).mean(0) for g in zip(*grads)]
+    parallel.average_(means)
+    for p, g in zip(params, means):
+        p.grad = g
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _mean_log(results: list[StepResult]) -> dict[str, Tensor]:
+    """Scalars as means over micro-batches (of this rank)."""
+    return {name: torch.stack([r.log[name] for r in results]).mean() for name in results[0].log}
