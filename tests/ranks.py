@@ -9,12 +9,16 @@ import torch.multiprocessing as mp
 from brevitas.graph.calibrate import calibration_mode
 
 import oracles
-from granq_plugin import GranQActPerChannel, GranQActPerChannelStatic, GranQWeightPerChannel
+from granq_plugin import GranQActPerChannel, GranQActPerChannelStatic, GranQWeightPerChannel, quantize
 from granq_plugin.core.ranges import CollectedRange
+from granq_plugin.zero_shot import preset, zero_shot_qat
+from networks import teacher_network
 
 WORLD = 2
 TRAININGS = [("dynamic", False), ("static", False), ("static", True)]
 """Activation quantizer, learned scale."""
+ZERO_SHOT = [("dynamic", 1), ("dynamic", 2), ("static", 1)]
+"""Activation quantizer, micro-batches."""
 
 
 def run_ranks(folder) -> list[dict]:
@@ -36,7 +40,7 @@ def _rank(rank: int, folder: str) -> None:
 
 def everything(rank: int | None) -> dict:
     """On one rank, or (None) in a single process that sees whole batches."""
-    return dict(ranges=collect_all(rank)) | {t: train(rank, *t) for t in TRAININGS}
+    return dict(ranges=collect_all(rank), zero_shot={t: zero_shot(*t) for t in ZERO_SHOT}) | {t: train(rank, *t) for t in TRAININGS}
 
 
 def batches(count: int = 3) -> list[torch.Tensor]:
@@ -107,3 +111,18 @@ def train(rank: int | None, act: str, learned_scale: bool) -> dict[str, torch.Te
         model(x if rank is None else share(x, rank)).square().mean().backward()
         optimizer.step()
     return dict(net.state_dict())
+
+
+def zero_shot(act: str, accumulation_steps: int) -> dict[str, torch.Tensor]:
+    """Zero-shot QAT over the ranks there are, in float64; what it leaves."""
+    torch.manual_seed(0)
+    teacher = teacher_network().double()
+    quant = GranQActPerChannelStatic if act == "static" else GranQActPerChannel
+    student = quantize(teacher, 3, 3, act_quant=quant)
+    config = preset(
+        "cifar10", image_size=8, batch_size=8, epochs=3, iterations=3, warmup_epochs=1, student_lr=1e-2, memory_size=20,
+        replay_steps=1, accumulation_steps=accumulation_steps)
+    result = zero_shot_qat(student, teacher, config, evaluate=lambda network: float(network(torch.ones(1, 3, 8, 8).double()).sum()))
+    metrics = [[v for k, v in row.items() if k != "images_per_second"] for row in result.metrics]
+    generator = {f"generator.{k}": v for k, v in result.generator.state_dict().items()}
+    return dict(student.state_dict()) | generator | dict(images=result.images, metrics=torch.tensor(metrics))

@@ -52,3 +52,14 @@ def test_ddp_changes_every_weight(distributed, training):
     start = dict(oracles.QuantNet(ranks.GranQActPerChannel, ranks.GranQWeightPerChannel).named_parameters())
     for name, value in start.items():
         assert not torch.equal(distributed[0][training][name], value), name
+
+
+@pytest.mark.parametrize("run", ranks.ZERO_SHOT, ids=str)
+def test_zero_shot_qat_on_two_ranks_is_that_on_one(distributed, single, run):
+    """Student, generator, memory and metrics, with the same global batch, up to the order of summation. The generator's micro-batch
+    is the shard of every rank together, so its batch statistics are the same too."""
+    first, second = (state["zero_shot"][run] for state in distributed)
+    for name, value in single["zero_shot"][run].items():
+        oracles.assert_equal(first[name], second[name])
+        tolerance = dict(rtol=1e-3, atol=1e-3) if name == "images" else dict(rtol=1e-8, atol=1e-9)  # images: float16
+        torch.testing.assert_close(first[name], value, **tolerance, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")

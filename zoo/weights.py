@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -43,13 +44,25 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return {str(k).removeprefix("module."): v for k, v in entries.items()}
 
 
+# The same network under other names: (theirs, ours), of chenyaofo/pytorch-cifar-models.
+_RENAMED = (("downsample.", "shortcut."), ("fc.", "linear."))
+
+
+def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for theirs, ours in _RENAMED:
+        state = {re.sub(rf"(^|\.){re.escape(theirs)}", rf"\1{ours}", k): v for k, v in state.items()}
+    return state
+
+
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a file's weights into ``model``, all of them or none.
+    """Load a file's weights into ``model``, all of them or none. Names may be those of chenyaofo/pytorch-cifar-models.
 
     Raises:
         FileNotFoundError, ValueError: see :func:`read_state_dict`; ValueError also for weights of another architecture.
     """
     state, expected = read_state_dict(path), model.state_dict()
+    if not expected.keys() <= state.keys() and expected.keys() <= (renamed := _renamed(state)).keys():
+        state = renamed
     missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in expected]
     shapes = [k for k in expected if k in state and state[k].shape != expected[k].shape]

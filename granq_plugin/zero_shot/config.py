@@ -181,9 +181,14 @@ def _toml(value) -> str:
 
 _IMAGENET = dict(num_classes=1000, image_size=224, batch_size=16, epochs=400, temperature=5.0, lr_milestones=(350, 400))
 
+_FAST = dict(batch_size=32, epochs=24, iterations=50, warmup_epochs=2, student_lr=5e-4, lr_schedule="cosine", memory_size=20_000,
+             replay_steps=2)
+
 PRESETS: dict[str, ZeroShotConfig] = {
     "cifar10": ZeroShotConfig(),
     "cifar100": ZeroShotConfig(num_classes=100, batch_size=200),
+    "cifar10_fast": ZeroShotConfig(**_FAST),
+    "cifar100_fast": ZeroShotConfig(**_FAST, num_classes=100),
     "imagenet_resnet18": ZeroShotConfig(**_IMAGENET, student_lr=1e-5, warmup_epochs=50),
     "imagenet_mobilenet_v2": ZeroShotConfig(**_IMAGENET, student_lr=1e-5, warmup_epochs=4),
     "imagenet_resnet50": ZeroShotConfig(

@@ -89,10 +89,8 @@ def zero_shot_qat(
         teacher.eval().requires_grad_(False)
         _check(student, teacher, config, images)
         directory = None if run_dir is None else RunDirectory(run_dir, config, teacher, student, resume)
-        training = Training(student, teacher, config, images)
         state = directory.load_checkpoint() if directory else None
-        if state is not None:
-            training.load_state(state)
+        training = Training(student, teacher, config, images, state)
         while training.iteration < config.total_iterations:
             log = training.step()
             if on_iteration:

@@ -27,7 +27,8 @@ def fingerprint(model: nn.Module) -> str:
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, torch.Tensor):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            copy = value.detach().cpu().contiguous().clone()  # numpy would pin the storage of a buffer that is yet to grow
+            digest.update(copy.reshape(-1).view(torch.uint8).numpy().tobytes())
     for name, proxy in model.named_modules():
         if isinstance(proxy, QuantProxyFromInjector) and proxy.is_quant_enabled:
             digest.update(f"{name} {type(proxy).__name__} {proxy.bit_width()}\n".encode())

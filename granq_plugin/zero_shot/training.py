@@ -23,15 +23,20 @@ class Training:
     Args:
         student, teacher, config, images: see :func:`granq_plugin.zero_shot.zero_shot_qat`; the teacher is frozen and in
             evaluation mode.
+        state: a checkpoint's, to go on from.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, config: ZeroShotConfig, images: Tensor | None) -> None:
+    def __init__(
+            self, student: nn.Module, teacher: nn.Module, config: ZeroShotConfig, images: Tensor | None,
+            state: dict | None = None) -> None:
+        if state is not None:  # first: Brevitas's proxies build new quantizers as they load
+            student.load_state_dict(state["student"])
         self.config = config
         self.student = student
         self.observed = ObservedTeacher(teacher) if images is None else None
         self.like = next(student.parameters()).detach()
         self.rng = torch.Generator().manual_seed(config.seed)
-        self.generator = _new_generator(config).to(self.like.device) if images is None else None
+        self.generator = _new_generator(config).to(self.like) if images is None else None
         self.memory = ImageMemory(config.memory_size)
         self.iteration = 0
         self.metrics: list[dict] = []
@@ -52,6 +57,8 @@ class Training:
             mode = "reduce-overhead" if config.compile == "cudagraphs" else None
             torch._functorch.config.donated_buffer = False  # the student's graph is walked twice
             self._compiled = [None if m is None else torch.compile(m, mode=mode) for m in self._compiled]
+        if state is not None:
+            self._load(state)
 
     @property
     def first_student_iteration(self) -> int:
@@ -76,7 +83,7 @@ class Training:
 
     def _generator_iteration(self, trains_student: bool) -> dict[str, Tensor]:
         config = self.config
-        noise = torch.randn(config.batch_size, config.latent_dim, generator=self.rng)
+        noise = torch.randn(config.batch_size, config.latent_dim, generator=self.rng).to(self.like.dtype)
         labels = torch.randint(config.num_classes, (config.batch_size, ), generator=self.rng)
         params = list(self.generator.parameters())
         student_params = self._student_params() if trains_student else []
@@ -139,9 +146,9 @@ class Training:
             rng=self.rng.get_state(), memory=self.memory.state() if self.generator else None, metrics=self.metrics,
             sums=self._sums)
 
-    def load_state(self, state: dict) -> None:
+    def _load(self, state: dict) -> None:
+        """All but the student."""
         self.iteration = state["iteration"]
-        self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.generator:
             self.generator.load_state_dict(state["generator"])

@@ -1,68 +1,16 @@
-"""The ``granq`` command line: thin, each verb calls public functions. Bad input: one line on stderr, exit code 2."""
+"""``granq evaluate``."""
 
-import contextlib
 import json
-import os
 from pathlib import Path
 
 import click
 
-__all__ = ["cli", "run"]
+from granq_plugin.cli.options import WEIGHT_REGIMES, BitWidth, input_errors, open_device
 
-WEIGHT_REGIMES = {
-    "per-output-channel": "GranQWeightPerChannel",
-    "per-output-channel-symmetric": "GranQWeightPerChannelSymmetric",
-    "per-kernel": "GranQWeightPerKernel",
-}
+__all__ = ["evaluate"]
 
 
-def run(args: list[str] | None = None) -> int:
-    """Run ``granq`` with ``args`` (default: the process's) and return its exit code."""
-    try:
-        return cli.main(args, prog_name="granq", standalone_mode=False) or 0
-    except click.ClickException as e:
-        click.echo(f"granq: error: {e.format_message()}", err=True)
-        return 2
-    except click.Abort:
-        click.echo("granq: interrupted", err=True)
-        return 130
-
-
-@contextlib.contextmanager
-def input_errors():
-    """Turn what the library raises for bad input into the command line's error."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as e:
-        raise click.ClickException(" ".join(str(e).split())) from e
-
-
-class BitWidth(click.ParamType):
-    """A whole number from 1 to 16."""
-    name = "bits"
-
-    def convert(self, value, param, ctx):
-        from granq_plugin.functional import check_bit_width
-        for number in (int, float):
-            with contextlib.suppress(ValueError):
-                value = number(value)
-                break
-        try:
-            return check_bit_width(value)
-        except (ValueError, TypeError) as e:
-            self.fail(str(e), param, ctx)
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
-@click.version_option(package_name="granq-plugin")
-@click.pass_context
-def cli(context: click.Context) -> None:
-    """Per-channel low-bit quantization of trained networks (GranQ) for Brevitas."""
-    if context.invoked_subcommand is None:
-        click.echo(context.get_help())
-
-
-@cli.command()
+@click.command()
 @click.argument("name")
 @click.option("--weight-bits", type=BitWidth(), default=4, show_default=True, help="Bit width of the weights, 1 to 16.")
 @click.option("--act-bits", type=BitWidth(), default=4, show_default=True, help="Bit width of the activations, 1 to 16.")
@@ -107,9 +55,10 @@ def evaluate(name, weight_bits, act_bits, weight_regime, static, calibration_dat
     import zoo.data
     import zoo.evaluate
     import zoo.weights
+    from granq_plugin.atomic import write_text
 
     with input_errors():
-        device = _device(device)
+        device = open_device(device)
         if threads:
             torch.set_num_threads(threads)
         test_set = zoo.data.load_images(data, card.dataset)
@@ -146,23 +95,4 @@ def evaluate(name, weight_bits, act_bits, weight_regime, static, calibration_dat
             quantized_images_per_second=results["quantized"].images_per_second,
             version=granq_plugin.__version__, torch=torch.__version__)
         with input_errors():
-            _write_atomically(json_path, json.dumps(report, indent=2) + "\n")
-
-
-def _device(name: str):
-    import torch
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"device {name!r} is not available here: {str(e).splitlines()[0]}") from e
-    return device
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+            write_text(json_path, json.dumps(report, indent=2) + "\n")

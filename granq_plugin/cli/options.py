@@ -1,0 +1,49 @@
+"""What several verbs share: option types and values, and how bad input becomes an error."""
+
+import contextlib
+
+import click
+
+__all__ = ["WEIGHT_REGIMES", "BitWidth", "input_errors", "open_device"]
+
+WEIGHT_REGIMES = {
+    "per-output-channel": "GranQWeightPerChannel",
+    "per-output-channel-symmetric": "GranQWeightPerChannelSymmetric",
+    "per-kernel": "GranQWeightPerKernel",
+}
+
+
+@contextlib.contextmanager
+def input_errors():
+    """Turn what the library raises for bad input into the command line's error."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as e:
+        raise click.ClickException(" ".join(str(e).split())) from e
+
+
+class BitWidth(click.ParamType):
+    """A whole number from 1 to 16."""
+    name = "bits"
+
+    def convert(self, value, param, ctx):
+        from granq_plugin.functional import check_bit_width
+        for number in (int, float):
+            with contextlib.suppress(ValueError):
+                value = number(value)
+                break
+        try:
+            return check_bit_width(value)
+        except (ValueError, TypeError) as e:
+            self.fail(str(e), param, ctx)
+
+
+def open_device(name: str):
+    """The torch device, tried out. Raises a ValueError if it is not available."""
+    import torch
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"device {name!r} is not available here: {str(e).splitlines()[0]}") from e
+    return device

@@ -1,0 +1,58 @@
+"""What a finished run leaves beside its log: the student, its images, pictures, and a summary."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from granq_plugin.atomic import atomic_path, write_text
+from granq_plugin.zero_shot.plots import plot_curves, plot_images
+from granq_plugin.zero_shot.recipe import ZeroShotResult
+
+__all__ = ["save_outcome"]
+
+
+def save_outcome(
+        run_dir: str | Path, result: ZeroShotResult, summary: dict, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Write ``student.safetensors``, ``images.safetensors`` (where there is a memory), ``images.png`` and ``curves.png``, and add
+    ``summary`` and the student's SHA-256 to ``run.json``.
+
+    Args:
+        summary: plain values for run.json. mean, std: of the normalization of the inputs, per channel.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    run_dir = Path(run_dir)
+    sha256 = _save_tensors(run_dir / "student.safetensors", result.student.state_dict())
+    if len(result.images):
+        _save_tensors(run_dir / "images.safetensors", dict(images=result.images))
+    samples = _samples(result)
+    if len(samples):
+        plot_images(samples, run_dir / "images.png", mean, std)
+    plot_curves(result.metrics, run_dir / "curves.png")
+    entries = json.loads((run_dir / "run.json").read_text(encoding="utf-8")) | summary | dict(student_sha256=sha256)
+    write_text(run_dir / "run.json", json.dumps(entries, indent=2) + "\n")
+
+
+def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    from safetensors.torch import save
+    data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items() if isinstance(t, Tensor)})
+    with atomic_path(path) as part:
+        part.write_bytes(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+@torch.no_grad()
+def _samples(result: ZeroShotResult, count: int = 64) -> Tensor:
+    """Images to look at: the generator's, of all classes in turn, or the first of the memory."""
+    if result.generator is None:
+        return result.images[:count]
+    device = next(result.generator.parameters()).device
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(count, result.generator.latent_dim, generator=rng)
+    labels = torch.arange(count) % result.generator.embedding.num_embeddings
+    return result.generator(noise.to(device), labels.to(device))
