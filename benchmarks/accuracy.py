@@ -11,11 +11,12 @@ from pathlib import Path
 
 import click
 
+from benchmarks.readme import replace_table
+
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
 NETWORK = "resnet20_cifar10"
 BIT_WIDTHS = (8, 5, 4, 3)
-MARKERS = ("<!-- accuracy: written by python -m benchmarks.accuracy -->", "<!-- /accuracy -->")
+MARKER = "accuracy: written by python -m benchmarks.accuracy"
 FIELDS = ("weights", "activations", "bits", "float_top1", "top1", "correct", "images", "weights_sha256", "calibration")
 
 # label of the weights -> (weight quantizer, label of the activations -> activation quantizer)
@@ -57,13 +58,6 @@ def table(rows: list[dict]) -> str:
     for weights, activations in dict.fromkeys((r["weights"], r["activations"]) for r in rows):
         lines.append(f"| {weights} | {activations} | " + " | ".join(cells[weights, activations, b] for b in bits) + " |")
     return "\n".join(lines)
-
-
-def write_readme_table(rows: list[dict], readme: Path = README) -> None:
-    """Replace what stands between the markers in the README."""
-    head, rest = readme.read_text(encoding="utf-8").split(MARKERS[0])
-    _, tail = rest.split(MARKERS[1])
-    readme.write_text(f"{head}{MARKERS[0]}\n{table(rows)}\n{MARKERS[1]}{tail}", encoding="utf-8")
 
 
 def read_rows(path: Path = RESULTS / "accuracy.csv") -> list[dict]:
@@ -133,7 +127,7 @@ def main(data: Path, weights: Path, calibration_data: Path, calibration_images: 
     part.replace(RESULTS / "accuracy.csv")
     rows = read_rows()
     plot(rows, RESULTS / "accuracy.png")
-    write_readme_table(rows)
+    replace_table(MARKER, table(rows))
     click.echo(table(rows))
 
 

@@ -6,13 +6,14 @@ second forward of teacher and student on the same images for the student's step.
 mean and a variance; activations go through the formula as it is printed.
 """
 
+import copy
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Generator", "PublishedLoop", "printed_formula"]
+__all__ = ["Generator", "PublishedLoop", "printed_formula", "printed_student"]
 
 
 class Generator(nn.Module):
@@ -114,3 +115,28 @@ def printed_formula(x: Tensor, bit_width: int) -> Tensor:
     s = (2**bit_width - 1) / torch.clamp(hi - lo, min=1e-8)
     z = (s * lo).round()
     return (_RoundThrough.apply(s * x - z) + z) / s
+
+
+class _PrintedReLU(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return printed_formula(F.relu(x), self.bit_width)
+
+
+class _PrintedConv2d(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, printed_formula(self.weight, self.bit_width), self.bias)
+
+
+class _PrintedLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, printed_formula(self.weight, self.bit_width), self.bias)
+
+
+def printed_student(teacher: nn.Module, bit_width: int) -> nn.Module:
+    """A copy of ``teacher`` with printed formulas on weights (per kernel, as published) and after every ReLU module."""
+    student = copy.deepcopy(teacher)
+    for module in student.modules():
+        for plain, printed in ((nn.ReLU, _PrintedReLU), (nn.Conv2d, _PrintedConv2d), (nn.Linear, _PrintedLinear)):
+            if type(module) is plain:
+                module.__class__, module.bit_width = printed, bit_width
+    return student

@@ -1,7 +1,9 @@
 """Set-up that all tests share; numpy oracles, strategies and small nets are in oracles.py."""
 
+import importlib.util
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,12 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import granq_plugin  # noqa: F401  (registers the handlers)
+
+# benchmarks/ is not part of the wheel, and its folder on the path would put the checkout before the wheel
+_folder = Path(__file__).parent.parent / "benchmarks"
+_spec = importlib.util.spec_from_file_location("benchmarks", _folder / "__init__.py", submodule_search_locations=[str(_folder)])
+sys.modules["benchmarks"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(sys.modules["benchmarks"])
 
 torch.set_num_threads(1)
 settings.register_profile(

@@ -1,37 +1,41 @@
-"""The committed table is what the command writes, and the command quantizes what its labels say."""
-
-import importlib.util
-from pathlib import Path
+"""The committed tables are what the commands write, and the commands measure what their labels say."""
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks import accuracy, readme, recipe
 from granq_plugin.core.proxy import GranQDynamicActProxy, GranQStaticActProxy
 
-ROOT = Path(__file__).parent.parent
 
-
-@pytest.fixture(scope="module")
-def accuracy():
-    """benchmarks/ is not part of the wheel: load it from its file."""
-    spec = importlib.util.spec_from_file_location("accuracy", ROOT / "benchmarks" / "accuracy.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_readme_s_table_is_the_committed_csv_s(accuracy, tmp_path):
+def test_the_accuracy_table_is_the_committed_csv_s():
     rows = accuracy.read_rows()
     assert len(rows) == sum(len(a) for _, a in accuracy.REGIMES.values()) * len(accuracy.BIT_WIDTHS)
     assert all(f"{100 * int(r['correct']) / int(r['images']):.2f}" == r["top1"] for r in rows)
-    copy = tmp_path / "README.md"
-    copy.write_text((ROOT / "README.md").read_text())
-    accuracy.write_readme_table(rows, copy)
-    assert copy.read_text() == (ROOT / "README.md").read_text()
+    assert readme.current_table(accuracy.MARKER) == accuracy.table(rows)
 
 
-def test_every_regime_builds_what_it_says(accuracy):
+def test_the_recipe_table_is_the_committed_csv_s():
+    rows = recipe.read_rows()
+    assert all(float(r["ratio"]) == pytest.approx(float(r["published_ms"]) / float(r["ours_ms"]), rel=0.01) for r in rows)
+    assert readme.current_table(recipe.MARKER) == recipe.table(rows)
+
+
+def test_replacing_a_table_leaves_the_rest(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("a\n<!-- x: by y -->\nold\n<!-- /x -->\nb\n")
+    readme.replace_table("x: by y", "| new |", path)
+    assert path.read_text() == "a\n<!-- x: by y -->\n| new |\n<!-- /x -->\nb\n"
+    assert readme.current_table("x: by y", path) == "| new |"
+
+
+def test_recipe_times_both_loops():
+    for part, functions in recipe.parts(2, "cpu").items():
+        times = recipe.measure(functions, 1, "cpu")
+        assert part in ("student", "iteration") and all(t[0] > 0 for t in times)
+
+
+def test_every_regime_builds_what_it_says():
     batches = lambda: iter([torch.randn(4, 3, 6, 6)])  # noqa: E731
     for weights, (quantizer, all_activations) in accuracy.REGIMES.items():
         for activations in all_activations:
@@ -45,7 +49,7 @@ def test_every_regime_builds_what_it_says(accuracy):
             assert torch.isfinite(network(next(batches()))).all()
 
 
-def test_plot_is_drawn(accuracy, tmp_path):
+def test_plot_is_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib (bench extra) is not installed")
     accuracy.plot(accuracy.read_rows(), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
