@@ -14,22 +14,36 @@ _FUNCTIONS = {F.relu: nn.ReLU, F.relu_: nn.ReLU, torch.relu: nn.ReLU, torch.relu
 _METHODS = {"relu": nn.ReLU, "relu_": nn.ReLU}
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
+def trace(model: nn.Module, leaves: tuple[type, ...] = ()) -> fx.GraphModule:
     """The model's graph in its present mode, as called with its required arguments alone.
 
     The GraphModule shares the model's modules. Functional dropout becomes a module, which follows ``train()`` and ``eval()``.
+    Modules of the classes ``leaves`` are kept whole, as torch's own are.
     """
     parameters = inspect.signature(model.forward).parameters.values()
     optional = {p.name: p.default for p in parameters if p.default is None or isinstance(p.default, (bool, int, float, str))}
+    tracer = _Tracer(leaves)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Was not able to add assertion", UserWarning)  # fx, of arguments fixed at None
-        graph_model = fx.symbolic_trace(model, concrete_args=optional or None)
+        graph = tracer.trace(model, optional or None)
+    graph_model = fx.GraphModule(tracer.root, graph, type(model).__name__)
     for node in list(graph_model.graph.nodes):
         if node.op == "call_function" and node.target is F.dropout:
             p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
             _call_module_instead(graph_model, node, "dropout", nn.Dropout(p).train(model.training))
     graph_model.recompile()
     return graph_model
+
+
+class _Tracer(fx.Tracer):
+    """fx's tracer with more leaf modules."""
+
+    def __init__(self, leaves: tuple[type, ...]) -> None:
+        super().__init__()
+        self.leaves = leaves
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return isinstance(module, self.leaves) or super().is_leaf_module(module, qualified_name)
 
 
 def separate_relus(model: nn.Module, graph_model: fx.GraphModule) -> nn.Module:
