@@ -174,8 +174,8 @@ def _quantizer_scales(traced: TracedModel) -> tuple[dict[fx.Node, Tensor], set[f
             elif attribute == "bias_quant":
                 raise ValueError(f"cannot fold {name}: its bias is quantized, by a scale that folding changes; use bias_quant=None")
             elif static:
-                raise ValueError(f"cannot fold {name}: its {attribute} is per channel and part of the layer; use a QuantIdentity in "
-                                 f"{'front of' if attribute == 'input_quant' else 'place of'} it, or a per-tensor quantizer")
+                raise ValueError(f"cannot fold {name}: its {attribute} is per channel and part of the layer; use a QuantIdentity "
+                                 f"{'in front of' if attribute == 'input_quant' else 'behind'} it, or a per-tensor quantizer")
             elif attribute == "input_quant":
                 real_inputs.add(node)
             else:
@@ -186,7 +186,7 @@ def _quantizer_scales(traced: TracedModel) -> tuple[dict[fx.Node, Tensor], set[f
 def _checked_scale(name: str, proxy: GranQStaticActProxy) -> Tensor:
     quantizer = proxy.fused_activation_quant_proxy.tensor_quant
     if not quantizer.scaling_impl.has_ranges:
-        raise ValueError(f"cannot fold {name}: it has no ranges yet; calibrate it with to_static(), or load a calibrated state dict")
+        raise ValueError(f"cannot fold {name}: it has no ranges yet; calibrate with to_static(), or load a calibrated state dict")
     if not quantizer.scaling_impl.frozen:
         raise ValueError(f"cannot fold {name}: its ranges are still being collected; freeze them with to_static() or init_scale()")
     if not isinstance(proxy.fused_activation_quant_proxy.activation_impl, (nn.ReLU, nn.Identity)):
@@ -195,8 +195,8 @@ def _checked_scale(name: str, proxy: GranQStaticActProxy) -> Tensor:
     scale, zero_point = proxy.scale(), proxy.zero_point()
     shifted = int((zero_point != 0).sum())
     if shifted:
-        raise ValueError(f"cannot fold {name}: {shifted} of {zero_point.numel()} channels have a zero point that is not 0 (ranges that "
-                         "do not start at 0 are asymmetric); quantize it with signed=True, or behind a ReLU")
+        raise ValueError(f"cannot fold {name}: {shifted} of {zero_point.numel()} channels have a zero point that is not 0 "
+                         "(ranges that do not start at 0 are asymmetric); quantize it with signed=True, or behind a ReLU")
     # a limit of ReLU6 or HardTanh vanishes where it lies beyond the last level
     low, high = _integer_range(proxy)
     clamp = quantizer.clamp
@@ -205,7 +205,7 @@ def _checked_scale(name: str, proxy: GranQStaticActProxy) -> Tensor:
         clamp.min_val is not None and low == 0 and clamp.min_val > 0)
     if clips:
         raise ValueError(f"cannot fold {name}: its limits ({clamp.min_val}, {clamp.max_val}) cut off levels of the quantizer "
-                         "(learned scales larger than the limit?)")
+                         "(a learned scale, or signed without narrow_range)")
     return scale
 
 
@@ -237,8 +237,9 @@ def _layer_change(traced: TracedModel, units: Units, node: fx.Node) -> _LayerCha
     u_in = along(units.unit[source], axis) if rescaled is None else torch.ones(units.unit[source].shape[axis])
     u_out = along(units.unit[node], axis)
     if u_in is None or u_out is None:
-        raise ValueError(f"cannot fold at {traced.describe(node)}: the scales of its {'input' if u_in is None else 'output'} are not "
-                         f"one for each channel on axis {axis}")
+        side = "input" if u_in is None else "output"
+        raise ValueError(f"cannot fold at {traced.describe(node)}: the scales of its {side} are not one for each channel on axis "
+                         f"{axis}")
     u_in, u_out = u_in.double(), u_out.double()
     if isinstance(layer, _BatchNorm):
         return _LayerChange(node, layer, _batch_norm_factors(traced, node, layer, u_in, u_out))
@@ -269,7 +270,8 @@ def _merge_calls(traced: TracedModel, changes: list[_LayerChange]) -> list[_Laye
     for change in changes:
         first = by_layer.setdefault(change.layer, change)
         calls = sum(traced.called(n) is change.layer for n in traced.nodes)
-        agree = all(torch.equal(first.factors[k], v) for k, v in change.factors.items()) and first.factors.keys() == change.factors.keys()
+        agree = first.factors.keys() == change.factors.keys() and all(
+            torch.equal(first.factors[k], v) for k, v in change.factors.items())
         if not agree or calls != sum(c.layer is change.layer for c in changes):
             raise ValueError(f"cannot fold {traced.describe(change.node)}: it is called at {calls} places whose scales differ; "
                              "give each place a layer of its own")
@@ -290,18 +292,18 @@ def _check_parameters(model: nn.Module, changes: list[_LayerChange], trainable: 
             if tensor is None:
                 continue
             if parametrize.is_parametrized(layer, key) or (key == "weight" and not isinstance(tensor, nn.Parameter)):
-                raise ValueError(f"cannot fold '{name}': its {key} is computed from other parameters; make it a plain parameter first")
+                raise ValueError(f"cannot fold '{name}': its {key} is computed from other parameters; make it a plain one")
             sharing = [names[m] for m in owners.get(tensor, []) if m is not layer and "weight_quant" not in names[m]]
             if sharing:
                 raise ValueError(f"cannot fold '{name}': it shares its {key} with '{sharing[0]}'; give each a copy of its own")
         proxy = getattr(layer, "weight_quant", None)
         learned = [n for n, p in proxy.named_parameters() if p is not layer.weight] if proxy is not None else []
         if learned:
-            raise ValueError(f"cannot fold '{name}': its weight quantizer has learned scales ({learned[0]}) for the unfolded weight; "
-                             "use one that computes them from the weight, such as GranQWeightPerChannelSymmetric")
+            raise ValueError(f"cannot fold '{name}': its weight quantizer has learned scales ({learned[0]}) for the unfolded "
+                             "weight; use one that computes them from the weight, such as GranQWeightPerChannelSymmetric")
         if trainable and proxy is not None and proxy.is_quant_enabled and any(p is layer.weight for p in proxy.parameters()):
-            raise ValueError(f"cannot fold '{name}' with trainable=True: its weight quantizer keeps looking at the unfolded weight; "
-                             "use GranQWeightPerChannelSymmetric")
+            raise ValueError(f"cannot fold '{name}' with trainable=True: its weight quantizer keeps looking at the unfolded "
+                             "weight; use GranQWeightPerChannelSymmetric")
 
 
 def _insert_rescales(traced: TracedModel, units: Units, like: Tensor) -> None:

@@ -59,7 +59,8 @@ class Role(Enum):
 
 _ELEMENTWISE = {F.relu, F.relu_, torch.relu, torch.relu_, F.leaky_relu, torch.neg, operator.neg, torch.clone,
                 "relu", "relu_", "contiguous", "clone", "detach"}  # yapf: disable
-_BY_A_NUMBER = {operator.mul, operator.imul, operator.truediv, operator.itruediv, torch.mul, torch.div, "mul", "mul_", "div", "div_"}
+_BY_A_NUMBER = {
+    operator.mul, operator.imul, operator.truediv, operator.itruediv, torch.mul, torch.div, "mul", "mul_", "div", "div_"}
 _SUMS = {operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub, "add", "add_", "sub", "sub_"}
 _CONCATS = {torch.cat, torch.concat}
 _SPATIAL = {getattr(F, f"{kind}_pool{d}d") for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for d in (1, 2, 3)}
@@ -124,14 +125,15 @@ class TracedModel:
         if node.op not in ("call_function", "call_method"):
             return Role.OPAQUE
         tensors = [n for n in node.all_input_nodes if n not in self.values]
+        operands = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node) and a not in self.values]
         if node.target in _SUMS:
-            same = len(tensors) == 2 and all(self.shapes.get(n) == self.shapes.get(node) for n in tensors)
-            return Role.SUM if same and len(_positional(node)) == 2 else Role.OPAQUE
+            same = len(operands) == 2 and all(self.shapes.get(n) == self.shapes.get(node) for n in operands)
+            return Role.SUM if same else Role.OPAQUE
         if node.target is F.pad:
             return Role.SPATIAL if _pads_with_zeros(node) else Role.OPAQUE
         if node.target in _BY_A_NUMBER:
-            number = len(tensors) == 1 and node.args and node.args[0] is tensors[0] and not node.kwargs
-            return Role.ELEMENTWISE if number else Role.OPAQUE
+            by_a_number = len(operands) == 1 and node.args and node.args[0] is operands[0]
+            return Role.ELEMENTWISE if by_a_number else Role.OPAQUE
         for role, targets in ((Role.ELEMENTWISE, _ELEMENTWISE), (Role.CONCAT, _CONCATS), (Role.SPATIAL, _SPATIAL),
                               (Role.REDUCTION, _REDUCTIONS), (Role.REARRANGEMENT, _REARRANGEMENTS)):
             if node.target in targets:
@@ -188,10 +190,6 @@ def trace_quantized(model: nn.Module) -> TracedModel:
     for m in module.modules():
         m.training = modes.get(m, training)
     return TracedModel(module)
-
-
-def _positional(node: fx.Node) -> tuple:
-    return (*node.args, *(v for k, v in node.kwargs.items() if k in ("other", "input")))
 
 
 def _pads_with_zeros(node: fx.Node) -> bool:

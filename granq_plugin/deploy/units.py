@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from granq_plugin.deploy.graph import Role, TracedModel
 
@@ -60,14 +61,20 @@ class _Assignment:
         self.scales = {n: s.detach().double().expand(traced.shapes[n]) for n, s in scales.items()}
         self.forced: dict[fx.Node, Tensor | None] = {}
         self.wanted: dict[fx.Node, Tensor | None] = {}
+        self.floats: set[fx.Node] = set()
         self.unit: dict[fx.Node, Tensor] = {}
 
     def solve(self) -> Units:
         for node in self.nodes:
             self.forced[node] = self._forced(node)
         for node in reversed(self.nodes):
-            wants = (self._want_of(reader, node) for reader in node.users if reader in self.roles)
-            self.wanted[node] = next((w for w in wants if w is not None), None)
+            readers = [r for r in node.users if r in self.roles]
+            if any(self._reads_floats(r) for r in readers):
+                self.floats.add(node)
+                self.wanted[node] = self._ones(node)
+            else:
+                wants = (self._want_of(r, node) for r in readers)
+                self.wanted[node] = next((w for w in wants if w is not None), None)
         rescales = []
         for node in self.nodes:
             rescales += self._rescales_before(node)
@@ -90,7 +97,7 @@ class _Assignment:
         if any(u is None for u in inputs):
             return None
         if role is Role.SUM:
-            return inputs[0] if torch.equal(*inputs) else None
+            return inputs[0] if all(torch.equal(inputs[0], u) for u in inputs[1:]) else None
         return self._carry(node, inputs)
 
     def _want_of(self, reader: fx.Node, node: fx.Node) -> Tensor | None:
@@ -113,6 +120,16 @@ class _Assignment:
             return self._expand(per_channel, node) if fits else None
         return self._concat_slices(reader, want)[node] if self._splits_wants(reader) else None
 
+    def _reads_floats(self, reader: fx.Node) -> bool:
+        """Whether a convolution or linear layer reads this tensor without a quantizer in between, if it has no forced unit.
+
+        Then it stays in unit 1: a quantizer's scale that is put on it says nothing about its values (a dead channel's least of
+        all), and would distort the weights that take the scale back out.
+        """
+        if self.roles[reader] is Role.LAYER:
+            return not isinstance(self.traced.called(reader), _BatchNorm)
+        return reader in self.floats and (self.roles[reader] in (Role.ELEMENTWISE, Role.SPATIAL) or self._splits_wants(reader))
+
     def _final(self, node: fx.Node) -> Tensor:
         if self.forced[node] is not None:
             return self.forced[node]
@@ -129,12 +146,8 @@ class _Assignment:
 
     def _sum_target(self, node: fx.Node) -> Tensor:
         """The unit that both operands of an addition must have."""
-        if self.forced[node] is not None:
-            return self.forced[node]
-        if self.wanted.get(node) is not None:
-            return self.wanted[node]
-        forced = [self.forced[n] for n in self._inputs(node) if self.forced[n] is not None]
-        return forced[0] if forced else self._ones(node)
+        chosen = (u for u in (self.forced[node], self.wanted.get(node)) if u is not None)
+        return next(chosen, self._ones(node))
 
     def _carry(self, node: fx.Node, inputs: list[Tensor]):
         """The unit behind ``node`` of the units in front of it."""
@@ -178,10 +191,11 @@ class _Assignment:
         return per_channel
 
     def _splits_wants(self, node: fx.Node) -> bool:
-        """Whether ``node`` is a concatenation that hands a wanted unit on to its operands, each of which occurs once."""
-        if self.roles[node] is not Role.CONCAT or self.forced[node] is not None or self.wanted.get(node) is None:
+        """Whether ``node`` is a concatenation that hands a wanted unit on: each operand occurs once, and is free to take it."""
+        if self.roles[node] is not Role.CONCAT or self.wanted.get(node) is None:
             return False
-        return len(node.all_input_nodes) == len(node.args[0] if node.args else node.kwargs["tensors"])
+        operands = node.args[0] if node.args else node.kwargs["tensors"]
+        return len(set(operands)) == len(operands) and all(self.forced[n] is None for n in operands)
 
     def _concat_slices(self, node: fx.Node, want: Tensor) -> dict[fx.Node, Tensor]:
         dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
@@ -204,8 +218,8 @@ class _Assignment:
             if same:
                 continue
             if role is Role.OPAQUE and self.forced[producer] is not None:
-                self._refuse(node, f"it cannot take the scale of {self._sources(producer)}; only layers, additions, concatenations, "
-                                   "pooling, reshaping and functions with f(s x) = s f(x) can stand behind a folded quantizer")
+                self._refuse(node, f"it cannot take the scale of {self._sources(producer)}; only layers, additions, "
+                                   "concatenations, pooling, reshaping and f(s x) = s f(x) can stand behind a folded quantizer")
             factors = along(self.unit[producer] / demand, 1) if demand.dim() > 1 else None
             if factors is None:
                 self._refuse(node, f"its operands have different scales (of {self._sources(producer)}), and these are not one for "
