@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-__all__ = ["RELUS", "separate_relus", "trace"]
+__all__ = ["RELUS", "relu_class", "separate_relus", "trace"]
 
 RELUS = (nn.ReLU, nn.ReLU6)
 _FUNCTIONS = {F.relu: nn.ReLU, F.relu_: nn.ReLU, torch.relu: nn.ReLU, torch.relu_: nn.ReLU, F.relu6: nn.ReLU6}
@@ -53,7 +53,7 @@ def separate_relus(model: nn.Module, graph_model: fx.GraphModule) -> nn.Module:
     that is called as a function or method, or at several places. In-place ReLUs whose input is read again are rewired to what
     those readers see: a quantizer is never in place.
     """
-    nodes = [n for n in graph_model.graph.nodes if _relu_class(n, graph_model)]
+    nodes = [n for n in graph_model.graph.nodes if relu_class(n, graph_model)]
     calls = [n.target for n in nodes if n.op == "call_module"]
     separate = len(calls) == len(nodes) == len(set(calls))
     if separate and not any(_inplace(n, graph_model) and _later_readers(n) for n in nodes):
@@ -66,7 +66,7 @@ def separate_relus(model: nn.Module, graph_model: fx.GraphModule) -> nn.Module:
             for reader in _later_readers(node):
                 reader.replace_input_with(source, node)
         if node.op != "call_module" or node.target in seen:
-            relu = _relu_class(node, graph_model)().train(model.training)
+            relu = relu_class(node, graph_model)().train(model.training)
             node = _call_module_instead(graph_model, node, "relu" if node.op != "call_module" else node.target, relu)
         seen.add(node.target)
     graph_model.graph.lint()
@@ -74,7 +74,8 @@ def separate_relus(model: nn.Module, graph_model: fx.GraphModule) -> nn.Module:
     return graph_model
 
 
-def _relu_class(node: fx.Node, graph_model: fx.GraphModule) -> type | None:
+def relu_class(node: fx.Node, graph_model: fx.GraphModule) -> type | None:
+    """nn.ReLU or nn.ReLU6 if ``node`` calls one, as a module, function or method."""
     if node.op == "call_module":
         kind = type(graph_model.get_submodule(node.target))
         return kind if kind in RELUS else None

@@ -61,7 +61,7 @@ def fold(model: nn.Module, example_input, *, trainable: bool = False, inplace: b
     scales, real_inputs = _quantizer_scales(traced)
     if not scales:
         raise ValueError("model has no static GranQ activation quantizer to fold; make one with quantize() and to_static()")
-    _run_example(traced, example_input)
+    traced.run(example_input)
     units = assign_units(traced, scales, real_inputs)
     changes = [_layer_change(traced, units, n) for n in traced.nodes if n in units.unit and traced.role(n) is Role.LAYER]
     changes = _merge_calls(traced, [c for c in changes if c.changes_anything])
@@ -134,22 +134,6 @@ class _LayerChange(NamedTuple):
                 parametrize.register_parametrization(self.layer, name, _Scaled(factors))
             else:
                 tensor.data.mul_(factors)
-
-
-def _run_example(traced: TracedModel, example_input) -> None:
-    inputs = example_input if isinstance(example_input, (tuple, list)) else (example_input, )
-    if not inputs or not all(isinstance(i, Tensor) for i in inputs):
-        raise TypeError(f"example_input must be a tensor or a tuple of tensors, got {type(example_input).__name__}")
-    modes = {m: m.training for m in traced.module.modules()}
-    traced.module.eval()
-    try:
-        with torch.no_grad():
-            traced.run(tuple(inputs))
-    except RuntimeError as e:
-        raise ValueError(f"the model cannot run on example_input of shape {tuple(inputs[0].shape)}: {e}") from e
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
 
 
 # --- what the quantizers are

@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from granq_plugin.relus import trace
 
-__all__ = ["ChannelRescale", "Role", "TracedModel", "trace_quantized"]
+__all__ = ["BY_A_NUMBER", "ChannelRescale", "Role", "TracedModel", "trace_quantized"]
 
 
 class ChannelRescale(_BatchNorm):
@@ -59,7 +59,7 @@ class Role(Enum):
 
 _ELEMENTWISE = {F.relu, F.relu_, torch.relu, torch.relu_, F.leaky_relu, torch.neg, operator.neg, torch.clone,
                 "relu", "relu_", "contiguous", "clone", "detach"}  # yapf: disable
-_BY_A_NUMBER = {
+BY_A_NUMBER = {
     operator.mul, operator.imul, operator.truediv, operator.itruediv, torch.mul, torch.div, "mul", "mul_", "div", "div_"}
 _SUMS = {operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub, "add", "add_", "sub", "sub_"}
 _CONCATS = {torch.cat, torch.concat}
@@ -111,9 +111,21 @@ class TracedModel:
         kind = dict(call_function="function", call_method="method").get(node.op)
         return f"'{node.name}' ({kind} {name})" if kind else f"'{node.name}' ({node.op})"
 
-    def run(self, inputs: tuple) -> None:
-        """Record the shapes and values that ``inputs`` give."""
-        _Recorder(self).run(*inputs)
+    def run(self, example_input) -> None:
+        """Record the shapes and values that ``example_input``, a tensor or a tuple of them, gives in evaluation mode."""
+        inputs = example_input if isinstance(example_input, (tuple, list)) else (example_input, )
+        if not inputs or not all(isinstance(i, Tensor) for i in inputs):
+            raise TypeError(f"example_input must be a tensor or a tuple of tensors, got {type(example_input).__name__}")
+        modes = {m: m.training for m in self.module.modules()}
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                _Recorder(self).run(*inputs)
+        except RuntimeError as e:
+            raise ValueError(f"the model cannot run on example_input of shape {tuple(inputs[0].shape)}: {e}") from e
+        finally:
+            for m, mode in modes.items():
+                m.training = mode
 
     def role(self, node: fx.Node) -> Role:
         if node in self.values:
@@ -131,7 +143,7 @@ class TracedModel:
             return Role.SUM if same else Role.OPAQUE
         if node.target is F.pad:
             return Role.SPATIAL if _pads_with_zeros(node) else Role.OPAQUE
-        if node.target in _BY_A_NUMBER:
+        if node.target in BY_A_NUMBER:
             by_a_number = len(operands) == 1 and node.args and node.args[0] is operands[0]
             return Role.ELEMENTWISE if by_a_number else Role.OPAQUE
         for role, targets in ((Role.ELEMENTWISE, _ELEMENTWISE), (Role.CONCAT, _CONCATS), (Role.SPATIAL, _SPATIAL),
