@@ -122,7 +122,8 @@ class TracedModel:
             with torch.no_grad():
                 _Recorder(self).run(*inputs)
         except RuntimeError as e:
-            raise ValueError(f"the model cannot run on example_input of shape {tuple(inputs[0].shape)}: {e}") from e
+            raise ValueError(f"the model cannot run on example_input of shape {tuple(inputs[0].shape)}: "
+                             f"{str(e).splitlines()[0]}") from e
         finally:
             for m, mode in modes.items():
                 m.training = mode
