@@ -227,6 +227,14 @@ def test_float32_and_the_trained_scale():
     assert same.float().mean() >= 0.5  # a value at a rounding boundary may fall on the other side
 
 
+@pytest.mark.parametrize("name", ["squeezenet1_1", "shufflenet_v2_x0_5", "mnasnet0_5"])
+def test_torchvision_networks(name):
+    models = pytest.importorskip("torchvision.models", reason="torchvision (zoo extra) is not installed")
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    static = to_static(quantize(randomized(models.get_model(name, weights=None), 0), None, 4), [x])
+    assert_same_function(static, fold(static, x[:1]), x)
+
+
 # --- trainable
 
 
