@@ -18,7 +18,7 @@ def input_errors():
     """Turn what the library raises for bad input into the command line's error."""
     try:
         yield
-    except (ValueError, TypeError, OSError) as e:
+    except (ValueError, TypeError, OSError, FloatingPointError) as e:
         raise click.ClickException(" ".join(str(e).split())) from e
 
 

@@ -51,6 +51,7 @@ class ZeroShotConfig:
     seed: int = _setting(0, "of the generator's weights, the noise and the labels", least=0)
 
     student_lr: float = _setting(1e-4, "learning rate of the student (SGD, Nesterov)", above=0)
+    student_lr_warmup: int = _setting(0, "the student's first iterations, over which its learning rate rises linearly", least=0)
     momentum: float = _setting(0.9, "of the student", least=0, most=0.999)
     weight_decay: float = _setting(1e-4, "of the student", least=0)
     generator_lr: float = _setting(1e-3, "learning rate of the generator (Adam)", above=0)

@@ -1,5 +1,6 @@
 """The state of a run: networks, optimizers, random numbers, metrics; and how one iteration changes it."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -64,11 +65,16 @@ class Training:
     def first_student_iteration(self) -> int:
         return self.config.warmup_epochs * self.config.iterations if self.generator else 0
 
+    def _warmup_factor(self) -> float:
+        done = self.iteration - self.first_student_iteration + 1
+        return max(0.0, min(1.0, done / max(1, self.config.student_lr_warmup)))
+
     def step(self) -> dict[str, Tensor]:
         """One iteration; returns its scalars."""
         config = self.config
         self._set_modes()
-        for optimizer, lr in ((self.optimizer, config.student_lr), (self.generator_optimizer, config.generator_lr)):
+        student_lr = config.student_lr * self._warmup_factor()
+        for optimizer, lr in ((self.optimizer, student_lr), (self.generator_optimizer, config.generator_lr)):
             for group in optimizer.param_groups if optimizer else ():
                 group["lr"] = lr * config.lr_factor(self.iteration)
         trains_student = self.iteration >= self.first_student_iteration
@@ -125,14 +131,23 @@ class Training:
                 quantizer.init_scale()
 
     def end_epoch(self) -> dict:
-        """The epoch's metrics so far; the caller may add to them."""
+        """The epoch's metrics so far; the caller may add to them.
+
+        Raises:
+            FloatingPointError: if one of them is not finite: training has diverged.
+        """
         now, config = time.perf_counter(), self.config
         sums = list(self._sums.values())
         parallel.average_(sums)
         means = {name: float(value) / config.iterations for name, value in zip(self._sums, sums)}
         row = dict(epoch=self.iteration // config.iterations, iterations=self.iteration,
-                   lr=config.student_lr * config.lr_factor(self.iteration - 1), **means,
+                   lr=self.optimizer.param_groups[0]["lr"], **means,
                    images_per_second=config.iterations * config.batch_size / (now - self._started))
+        bad = [name for name in means if not math.isfinite(means[name])]
+        if bad:
+            raise FloatingPointError(
+                f"training diverged in epoch {row['epoch']}: {bad[0]} is {means[bad[0]]}; lower student_lr={config.student_lr:g} "
+                f"or raise student_lr_warmup={config.student_lr_warmup}")
         self.metrics.append(row)
         self._sums, self._started = {}, now
         return row

@@ -18,6 +18,7 @@ import granq_plugin as gq
 from granq_plugin.core.ranges import CollectedRange
 from granq_plugin.zero_shot import preset, zero_shot_qat
 from granq_plugin.zero_shot.config import replace
+from granq_plugin.zero_shot.training import Training
 from networks import teacher_network
 
 CONFIG = preset("cifar10", image_size=8, batch_size=8, epochs=3, iterations=4, warmup_epochs=1, student_lr=1e-2)
@@ -71,6 +72,14 @@ def test_only_the_generator_learns_in_the_warm_up():
     zero_shot_qat(student, teacher, CONFIG, on_iteration=lambda done, log: seen.append(
         (done, all(torch.equal(v, before[k]) for k, v in student.state_dict().items()))))
     assert seen == [(i + 1, i < 4) for i in range(12)]
+
+
+def test_the_student_s_learning_rate_rises_over_its_first_iterations():
+    training = Training(*pair(), changed(student_lr_warmup=4), None)
+    for expected in (0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1):
+        training.step()
+        assert training.optimizer.param_groups[0]["lr"] == pytest.approx(expected * CONFIG.student_lr)
+    training.close()
 
 
 @pytest.mark.parametrize("options", [{}, dict(memory_size=20, replay_steps=2), dict(accumulation_steps=2)])
@@ -232,6 +241,13 @@ class TestRunDirectory:
         student, teacher = pair()
         with pytest.raises(ValueError, match=r"checkpoint .* is damaged"):
             zero_shot_qat(student, teacher, CONFIG, run_dir=tmp_path, resume=True)
+
+
+def test_divergence_is_reported_and_not_saved(tmp_path):
+    student, teacher = pair()
+    with pytest.raises(FloatingPointError, match=r"diverged in epoch 2: loss_\w+ is .*; lower student_lr=1e\+20"):
+        zero_shot_qat(student, teacher, changed(student_lr=1e20, checkpoint_every=4), run_dir=tmp_path)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["iteration"] == 4  # of the warm-up
 
 
 @pytest.mark.parametrize("change, message", [
