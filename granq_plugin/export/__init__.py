@@ -14,6 +14,13 @@ def register_handlers() -> None:
     if find_spec("onnx") is None:
         return
     from brevitas.export.inference.manager import InferenceManager
+    from brevitas.export.onnx.qonnx.manager import QONNXManager
+    from brevitas.export.onnx.standard.qcdq.manager import StdQCDQONNXManager
+    from brevitas.export.torch.qcdq.manager import TorchQCDQManager
 
+    from granq_plugin.export.handlers import QCDQ_HANDLERS, QONNX_HANDLERS, TORCH_HANDLERS
     from granq_plugin.export.inference import HANDLERS
-    InferenceManager.handlers.extend(h for h in HANDLERS if h not in InferenceManager.handlers)
+    # the managers of the dynamo exporter share these lists
+    for manager, handlers in ((InferenceManager, HANDLERS), (QONNXManager, QONNX_HANDLERS),
+                              (StdQCDQONNXManager, QCDQ_HANDLERS), (TorchQCDQManager, TORCH_HANDLERS)):
+        manager.handlers.extend(h for h in handlers if h not in manager.handlers)
