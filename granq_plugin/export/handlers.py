@@ -17,7 +17,7 @@ with a zero point (it rounds before it adds the zero point, so ties and values b
 
 import torch
 from brevitas.export.common import to_0dim_if_scalar
-from brevitas.export.common.handler.base import BaseHandler, ClipMixin, QuantAxisMixin
+from brevitas.export.common.handler.base import BaseHandler, QuantAxisMixin
 from brevitas.export.onnx.handler import ONNXExportOpMixin
 from brevitas.export.onnx.qonnx.function import BrevitasQuantOp
 from brevitas.export.onnx.standard.function import DequantizeLinearOp, IntClipOp, QuantizeLinearOp
@@ -137,7 +137,7 @@ class QONNXWeightHandler(_Quant, _WeightHandler):
         return self.quant(x, scale, zero_point), scale, zero_point, self.bit_width
 
 
-class _QuantizeLinear(ONNXExportOpMixin, QuantAxisMixin, ClipMixin):
+class _QuantizeLinear(ONNXExportOpMixin, QuantAxisMixin):
     """QuantizeLinear and DequantizeLinear hold 8 bits (more need opset 21, which the older exporter does not write)."""
 
     @property
@@ -162,9 +162,10 @@ class QCDQStaticHandler(_QuantizeLinear, _StaticHandler):
             x, flat, axis = x / scale + zero_point, unit, None
         zeros = torch.zeros_like(flat, dtype=self.dtype)
         integers = self.export_op(QuantizeLinearOp, x, flat, zeros, self.dtype, axis)
-        clip = self.int_clip_symbolic_kwargs(self.narrow, self.signed, self.bit_width)
-        if clip is not None:
-            integers = self.export_op(IntClipOp, integers, *clip.values())
+        info = torch.iinfo(self.dtype)
+        if self.limits != (info.min, info.max):
+            limits = (torch.full((), limit, dtype=self.dtype, device=x.device) for limit in self.limits)
+            integers = self.export_op(IntClipOp, integers, *limits)
         return self.dequantize(integers, scale, zero_point)
 
 
