@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-__all__ = ["EXECUTORS", "fixed_batch", "lower_quant", "open_executor"]
+__all__ = ["EXECUTORS", "fixed_batch", "lower_quant", "open_executor", "with_input_shapes"]
 
 EXECUTORS = ("onnxruntime", "qonnx", "hls4ml")
 
@@ -59,15 +59,15 @@ def _qonnx(model):
     def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         batch = len(next(iter(inputs.values())))
         if batch not in prepared:
-            wrapper = ModelWrapper(_with_input_shapes(model, inputs))
+            wrapper = ModelWrapper(with_input_shapes(model, {name: x.shape for name, x in inputs.items()}))
             prepared[batch] = wrapper.transform(InferShapes())
         return execute_onnx(prepared[batch], inputs)
 
     return run
 
 
-def _with_input_shapes(model, inputs: dict[str, np.ndarray]):
-    """A copy of the model that has the shapes of these inputs, and no other."""
+def with_input_shapes(model, shapes: dict):
+    """A copy of the model whose inputs have these shapes (by name), and no other tensor has any."""
     import onnx
     from onnx import helper
     shaped = onnx.ModelProto()
@@ -75,7 +75,7 @@ def _with_input_shapes(model, inputs: dict[str, np.ndarray]):
     del shaped.graph.value_info[:]
     for tensor in shaped.graph.input:
         tensor.CopyFrom(helper.make_tensor_value_info(
-            tensor.name, tensor.type.tensor_type.elem_type, inputs[tensor.name].shape))
+            tensor.name, tensor.type.tensor_type.elem_type, shapes[tensor.name]))
     for tensor in shaped.graph.output:
         tensor.type.tensor_type.ClearField("shape")
     return shaped

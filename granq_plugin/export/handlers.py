@@ -144,6 +144,14 @@ class _QuantizeLinear(ONNXExportOpMixin, QuantAxisMixin):
     def dtype(self) -> torch.dtype:
         return torch.int8 if self.signed else torch.uint8
 
+    def clip(self, integers: Tensor) -> Tensor:
+        """To the levels of less than 8 bits. On weights it changes nothing, but says how many bits they have."""
+        info, limits = torch.iinfo(self.dtype), _int_limits(self.signed, self.narrow, self.bits)
+        if limits == (info.min, info.max):
+            return integers
+        limits = (torch.full((), limit, dtype=self.dtype, device=integers.device) for limit in limits)
+        return self.export_op(IntClipOp, integers, *limits)
+
     def dequantize(self, integers: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         flat = to_0dim_if_scalar(scale.flatten())
         zero_point = to_0dim_if_scalar(zero_point.flatten()).expand_as(flat).to(integers.dtype)
@@ -162,11 +170,7 @@ class QCDQStaticHandler(_QuantizeLinear, _StaticHandler):
             x, flat, axis = x / scale + zero_point, unit, None
         zeros = torch.zeros_like(flat, dtype=self.dtype)
         integers = self.export_op(QuantizeLinearOp, x, flat, zeros, self.dtype, axis)
-        info = torch.iinfo(self.dtype)
-        if self.limits != (info.min, info.max):
-            limits = (torch.full((), limit, dtype=self.dtype, device=x.device) for limit in self.limits)
-            integers = self.export_op(IntClipOp, integers, *limits)
-        return self.dequantize(integers, scale, zero_point)
+        return self.dequantize(self.clip(integers), scale, zero_point)
 
 
 class QCDQWeightHandler(_QuantizeLinear, _WeightHandler):
@@ -176,7 +180,7 @@ class QCDQWeightHandler(_QuantizeLinear, _WeightHandler):
         if self.bits > 8:  # int32 has no zero point in ONNX
             value = self.dequantize((integers - zero_point).to(torch.int32), scale, torch.zeros_like(zero_point))
         else:
-            value = self.dequantize(integers.to(self.dtype), scale, zero_point)
+            value = self.dequantize(self.clip(integers.to(self.dtype)), scale, zero_point)
         return value, scale, zero_point, self.bit_width
 
 

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from brevitas.proxy.parameter_quant import WeightQuantProxyFromInjectorBase
 from brevitas.proxy.quant_proxy import QuantProxyFromInjector
-from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase, DynamicActQuantProxyFromInjector
 from brevitas.quant_tensor import QuantTensor
 from torch import Tensor, nn
 
-from granq_plugin._version import __version__
+from granq_plugin.export.describe import describe
 from granq_plugin.export.files import atomic_path, set_metadata
 
 __all__ = ["export_qcdq", "export_qonnx", "to_onnx"]
@@ -72,13 +70,16 @@ def _export(file_format, model, example_input, path, metadata, dynamo, dynamic_b
     with atomic_path(path) as part:
         import onnx
         proto = to_onnx(model, example_input, file_format, dynamo, dynamic_batch)
-        set_metadata(proto, described(model) | {"format": file_format} | dict(metadata or {}))
+        set_metadata(proto, metadata or {})
         onnx.save(proto, part)
     return Path(path)
 
 
 def to_onnx(model: nn.Module, example_input, file_format: str, dynamo: bool = False, dynamic_batch: bool = True):
-    """The model as an ``onnx.ModelProto`` in the format "qonnx" or "qcdq"; arguments and errors of :func:`export_qonnx`."""
+    """The model as an ``onnx.ModelProto`` in the format "qonnx" or "qcdq", with what :func:`describe` says of it.
+
+    Arguments and errors are those of :func:`export_qonnx`.
+    """
     import onnx
     from brevitas.export.onnx.qonnx.manager import QONNXDynamoManager, QONNXManager
     from brevitas.export.onnx.standard.qcdq.manager import StdQCDQONNXDynamoManager, StdQCDQONNXManager
@@ -93,6 +94,7 @@ def to_onnx(model: nn.Module, example_input, file_format: str, dynamo: bool = Fa
         inputs = tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs)
     with torch.no_grad():
         outputs = _run(model, inputs)
+    description = describe(model, inputs)
     if isinstance(outputs, QuantTensor):
         model, outputs = _Dequantized(model), outputs.value
     options = _axis_options(inputs, outputs, dynamo, dynamic_batch)
@@ -103,13 +105,15 @@ def to_onnx(model: nn.Module, example_input, file_format: str, dynamo: bool = Fa
         file = Path(folder, "model.onnx")
         try:
             manager.export(model, args=inputs, export_path=str(file), opset_version=OPSET, **options)
-            return onnx.load(file)
+            proto = onnx.load(file)
         except (RuntimeError, AssertionError, NotImplementedError) as e:
             exporter = "dynamo" if dynamo else "older"
             reason = str(e.__cause__ or e).strip().split("\n")[0] or type(e).__name__
             raise ValueError(f"the model cannot be exported to {file_format} with torch's {exporter} exporter: {reason}") from e
         finally:
             _end_export(manager)
+    set_metadata(proto, description | {"format": file_format})
+    return proto
 
 
 class _Dequantized(nn.Module):
@@ -122,22 +126,6 @@ class _Dequantized(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         output = self.model(*inputs)
         return output.value if isinstance(output, QuantTensor) else output
-
-
-def described(model: nn.Module) -> dict[str, Any]:
-    """What the file says of the model: plugin version, bit widths by quantizer, and where activation ranges come from."""
-    weights, activations, ranges = {}, {}, set()
-    for name, m in model.named_modules():
-        if not isinstance(m, QuantProxyFromInjector) or not m.is_quant_enabled:
-            continue
-        if isinstance(m, WeightQuantProxyFromInjectorBase):
-            weights[name.removesuffix(".weight_quant")] = int(m.bit_width())
-        elif isinstance(m, ActQuantProxyFromInjectorBase):
-            activations[name.removesuffix(".act_quant")] = int(m.bit_width())
-            ranges.add("dynamic" if isinstance(m, DynamicActQuantProxyFromInjector) else "static")
-    return dict(
-        plugin_version=__version__, weight_bit_widths=weights, activation_bit_widths=activations,
-        activation_ranges=" and ".join(sorted(ranges)) or "none")
 
 
 def _checked_inputs(example_input) -> tuple[Tensor, ...]:

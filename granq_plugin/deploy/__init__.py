@@ -1,0 +1,1 @@
+"""From a static model to integer accelerators."""
