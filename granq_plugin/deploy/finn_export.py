@@ -33,8 +33,8 @@ def export_finn(
         ``path``.
 
     Raises:
-        ValueError: if the model is not folded, its input is not quantized, a rule of FINN fails (all of those that do are named), or
-        top_k is not from 1 to the number of outputs; and what :func:`granq_plugin.export.export_qonnx` raises.
+        ValueError: if the model is not folded, its input is not quantized, rules of FINN fail (all of them are named), or top_k is
+        not from 1 to the number of outputs; and what :func:`granq_plugin.export.export_qonnx` raises.
     """
     with atomic_path(path) as part:
         import onnx

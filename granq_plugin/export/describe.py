@@ -19,8 +19,8 @@ def describe(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
     """Run the model once and note its plugin version, bit widths in the order of execution, and where ranges come from.
 
     Returns:
-        ``plugin_version``; ``weight_bit_widths`` and ``activation_bit_widths``, lists of ``[name, bits]`` with an entry per call of a
-        layer (32: float weights) or quantizer; ``activation_ranges``: "dynamic", "static", "dynamic and static" or "none".
+        ``plugin_version``; ``weight_bit_widths`` and ``activation_bit_widths``, lists of ``[name, bits]`` with an entry per call of
+        a layer (32: float weights) or quantizer; ``activation_ranges``: "dynamic", "static", "dynamic and static" or "none".
     """
     layers, quantizers, hooks = [], [], []
 

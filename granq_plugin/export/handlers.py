@@ -15,6 +15,9 @@ with a zero point (it rounds before it adds the zero point, so ties and values b
 (it multiplies by a rounded reciprocal) and BipolarQuant for 1 bit (our 1-bit levels are 0 and 1, not -1 and 1).
 """
 
+import contextlib
+import warnings
+
 import torch
 from brevitas.export.common import to_0dim_if_scalar
 from brevitas.export.common.handler.base import BaseHandler, QuantAxisMixin
@@ -53,9 +56,14 @@ class DynamicHandler(_Handler):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = self.clamp[0](x)
-        inv_scale, offset = GF.inverse_scale(*GF.channel_range(x, self.channel_axis), self.bits)
+        with warnings.catch_warnings() if torch.jit.is_tracing() else contextlib.nullcontext():
+            if torch.jit.is_tracing():  # the check for an empty batch becomes a constant, as it should
+                warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            inv_scale, offset = GF.inverse_scale(*GF.channel_range(x, self.channel_axis), self.bits)
         value = ((x * inv_scale - offset).round() + offset) / inv_scale
-        return value.to(x.dtype), inv_scale.reciprocal(), 0 - offset, self.bit_width
+        if value.dtype != x.dtype:  # asked, because the older exporter writes a Cast in any case
+            value = value.to(x.dtype)
+        return value, inv_scale.reciprocal(), 0 - offset, self.bit_width
 
 
 class _StaticHandler(_Handler):

@@ -8,7 +8,6 @@ quantizers are compared one at a time: each layer is given torch's own activatio
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
 from torch import Tensor, nn
 
@@ -50,7 +49,7 @@ class IntegerCheck:
     output_error: float
 
 
-class record_quantizers:  # noqa: N801  a context manager, named as one
+class record_quantizers:
     """While it lasts, collect a :class:`QuantizerRecord` of every activation quantizer's call, in order, in ``records``."""
 
     def __init__(self, model: nn.Module) -> None:

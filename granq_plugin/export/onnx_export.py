@@ -155,7 +155,8 @@ def _run(model: nn.Module, inputs: tuple[Tensor, ...]):
     try:
         outputs = model(*inputs)
     except Exception as e:  # the user's forward: anything may come out of it
-        raise ValueError(f"the model does not run on an example input of shape {shapes}: {str(e).strip() or type(e).__name__}") from e
+        reason = str(e).strip() or type(e).__name__
+        raise ValueError(f"the model does not run on an example input of shape {shapes}: {reason}") from e
     tensors = outputs if type(outputs) in (tuple, list) else (outputs, )
     if not all(isinstance(t, (Tensor, QuantTensor)) for t in tensors):
         raise TypeError(f"the model must return a tensor or a tuple of tensors, got {type(outputs).__name__}")

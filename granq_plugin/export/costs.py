@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from granq_plugin.export.describe import FLOAT_BITS
-from granq_plugin.export.executors import with_input_shapes
+from granq_plugin.export.executors import open_executor, with_input_shapes
 from granq_plugin.export.files import metadata_of, read_onnx
 from granq_plugin.export.integers import find_quantizers
 
@@ -84,15 +84,16 @@ def report(path: str | Path) -> CostReport:
     from qonnx.core.datatype import DataType
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.transformation.general import GiveUniqueNodeNames
-    from qonnx.transformation.infer_shapes import InferShapes
 
     proto = read_onnx(path, allow_changed=True)
     shapes = {i.name: [d.dim_value or 1 for d in i.type.tensor_type.shape.dim] for i in proto.graph.input}
     batch = next(iter(shapes.values()))[0]
-    graph = ModelWrapper(with_input_shapes(proto, shapes)).transform(InferShapes()).transform(GiveUniqueNodeNames())
+    graph = ModelWrapper(with_input_shapes(proto, shapes)).transform(GiveUniqueNodeNames())
     nodes = [n for n in graph.graph.node if n.op_type in MAC_OPS]
     if not nodes:
         raise ValueError(f"{str(path)!r} holds no convolution, linear layer or matrix product")
+    for tensor, shape in _shapes_in_a_run(proto, shapes, [t for n in nodes for t in (*n.input[:2], n.output[0])]).items():
+        graph.set_tensor_shape(tensor, shape)
     metadata = metadata_of(proto)
     names, weight_bits = _weight_bits(graph, nodes, metadata)
     activation_bits = _activation_bits(graph, proto, nodes, metadata)
@@ -108,6 +109,20 @@ def report(path: str | Path) -> CostReport:
             name, node.op_type, int(_sum(cost, "op_mac")) // batch, int(_sum(cost, "mem_w")), w_bits,
             _size(graph.get_tensor_shape(node.input[0])) // batch, a_bits))
     return CostReport(str(path), tuple(layers), metadata)
+
+
+def _shapes_in_a_run(proto, shapes: dict, tensors: list[str]) -> dict[str, list[int]]:
+    """Shapes of tensors when the model runs on zeros: inference of shapes stops at the padding that the older exporter computes."""
+    import numpy as np
+    from onnx import TensorProto, helper
+    proto = with_input_shapes(proto, shapes)
+    known = {o.name for o in proto.graph.output} | set(shapes)
+    constants = {i.name: list(i.dims) for i in proto.graph.initializer}
+    wanted = [t for t in dict.fromkeys(tensors) if t not in known and t not in constants]
+    proto.graph.output.extend(helper.make_tensor_value_info(t, TensorProto.FLOAT, None) for t in wanted)
+    values = open_executor("onnxruntime", proto)({name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
+    found = shapes | constants | {name: list(value.shape) for name, value in values.items()}
+    return {t: found[t] for t in tensors}
 
 
 def _sum(cost: dict, prefix: str) -> float:

@@ -1,6 +1,6 @@
 """Does an exported file compute what the torch model computes? :func:`verify` runs it and counts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,9 +71,9 @@ class Verification:
                 lines.append(f"    integers not compared: {a.integers_missing}")
             else:
                 i = a.integers
-                lines.append(f"    integers, layer by layer: {i.values - i.unequal} of {i.values} equal in {i.quantizers} quantizers" + (
-                    f"; {i.unequal} differ by at most {i.largest_step}, all within {i.tie_distance:.1g} steps of a rounding tie"
-                    if i.unequal else "") + f"; output then within {i.output_error:.1g}")
+                unequal = f"; {i.unequal} differ by at most {i.largest_step}, all within {i.tie_distance:.1g} steps of a tie"
+                lines.append(f"    integers, layer by layer: {i.values - i.unequal} of {i.values} equal in {i.quantizers} "
+                             f"quantizers{unequal if i.unequal else ''}; output then within {i.output_error:.1g}")
         return "\n".join(lines)
 
 
@@ -108,8 +108,8 @@ def verify(
         :class:`Verification`.
 
     Raises:
-        FileNotFoundError: if there is no such file. ValueError: if it is damaged or was changed, if an executor does not take it, if
-        the images do not fit it, or the model's outputs are of another shape. TypeError: for images that are no float32 tensor.
+        FileNotFoundError: if there is no such file. ValueError: if it is damaged or was changed, if an executor does not take it,
+        if the images do not fit it, or the model's outputs are of another shape. TypeError: if images are no float32 tensor.
     """
     proto = read_onnx(path, allow_changed)
     names = list(dict.fromkeys(executors))
@@ -126,8 +126,7 @@ def verify(
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
-        agreements = [
-            _compare(name, proto, model, images, labels, batch_size, rtol, integers and name != "hls4ml", progress) for name in names]
+        agreements = [_compare(name, proto, model, images, labels, batch_size, rtol, integers, progress) for name in names]
     finally:
         model.to(device)
         for module, training in modes.items():
@@ -151,8 +150,8 @@ def _check_images(images, labels, proto) -> None:
 
 def _compare(name, proto, model, images, labels, batch_size, rtol, integers, progress) -> Agreement:
     run = open_executor(name, proto)
-    check = _IntegerRun(name, proto) if integers else None
-    missing = "" if integers else "hls4ml computes in fixed point" if name == "hls4ml" else "not asked for"
+    missing = "hls4ml computes in fixed point" if name == "hls4ml" else "" if integers else "not asked for"
+    check = None if missing else _IntegerRun(name, proto)
     input_name, output_name = proto.graph.input[0].name, proto.graph.output[0].name
     exact = close = top1 = correct = torch_correct = 0
     max_abs = max_rel = 0.0
