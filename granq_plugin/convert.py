@@ -121,7 +121,8 @@ def quantize(
 
     device = next(model.parameters()).device
     inputs = _input_layers(weight_layers, graph) if input_bit_width else []
-    input_settings = dict(input_quant=input_quant or act_quant, input_bit_width=input_bit_width)
+    # an injector that brings no attributes of its own is falsy
+    input_settings = dict(input_quant=act_quant if input_quant is None else input_quant, input_bit_width=input_bit_width)
     replaced = {n: _quant_weight_layer(model.get_submodule(n), settings[n], input_settings if n in inputs else {})
                 for n in weight_layers}
     replaced |= {n: _quant_relu(model.get_submodule(n), settings[n]) for n in relus}

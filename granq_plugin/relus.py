@@ -7,29 +7,43 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-__all__ = ["RELUS", "separate_relus", "trace"]
+__all__ = ["RELUS", "relu_class", "separate_relus", "trace"]
 
 RELUS = (nn.ReLU, nn.ReLU6)
 _FUNCTIONS = {F.relu: nn.ReLU, F.relu_: nn.ReLU, torch.relu: nn.ReLU, torch.relu_: nn.ReLU, F.relu6: nn.ReLU6}
 _METHODS = {"relu": nn.ReLU, "relu_": nn.ReLU}
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
+def trace(model: nn.Module, leaves: tuple[type, ...] = ()) -> fx.GraphModule:
     """The model's graph in its present mode, as called with its required arguments alone.
 
     The GraphModule shares the model's modules. Functional dropout becomes a module, which follows ``train()`` and ``eval()``.
+    Modules of the classes ``leaves`` are kept whole, as torch's own are.
     """
     parameters = inspect.signature(model.forward).parameters.values()
     optional = {p.name: p.default for p in parameters if p.default is None or isinstance(p.default, (bool, int, float, str))}
+    tracer = _Tracer(leaves)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Was not able to add assertion", UserWarning)  # fx, of arguments fixed at None
-        graph_model = fx.symbolic_trace(model, concrete_args=optional or None)
+        graph = tracer.trace(model, optional or None)
+    graph_model = fx.GraphModule(tracer.root, graph, type(model).__name__)
     for node in list(graph_model.graph.nodes):
         if node.op == "call_function" and node.target is F.dropout:
             p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
             _call_module_instead(graph_model, node, "dropout", nn.Dropout(p).train(model.training))
     graph_model.recompile()
     return graph_model
+
+
+class _Tracer(fx.Tracer):
+    """fx's tracer with more leaf modules."""
+
+    def __init__(self, leaves: tuple[type, ...]) -> None:
+        super().__init__()
+        self.leaves = leaves
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return isinstance(module, self.leaves) or super().is_leaf_module(module, qualified_name)
 
 
 def separate_relus(model: nn.Module, graph_model: fx.GraphModule) -> nn.Module:
@@ -39,7 +53,7 @@ def separate_relus(model: nn.Module, graph_model: fx.GraphModule) -> nn.Module:
     that is called as a function or method, or at several places. In-place ReLUs whose input is read again are rewired to what
     those readers see: a quantizer is never in place.
     """
-    nodes = [n for n in graph_model.graph.nodes if _relu_class(n, graph_model)]
+    nodes = [n for n in graph_model.graph.nodes if relu_class(n, graph_model)]
     calls = [n.target for n in nodes if n.op == "call_module"]
     separate = len(calls) == len(nodes) == len(set(calls))
     if separate and not any(_inplace(n, graph_model) and _later_readers(n) for n in nodes):
@@ -52,7 +66,7 @@ def separate_relus(model: nn.Module, graph_model: fx.GraphModule) -> nn.Module:
             for reader in _later_readers(node):
                 reader.replace_input_with(source, node)
         if node.op != "call_module" or node.target in seen:
-            relu = _relu_class(node, graph_model)().train(model.training)
+            relu = relu_class(node, graph_model)().train(model.training)
             node = _call_module_instead(graph_model, node, "relu" if node.op != "call_module" else node.target, relu)
         seen.add(node.target)
     graph_model.graph.lint()
@@ -60,7 +74,8 @@ def separate_relus(model: nn.Module, graph_model: fx.GraphModule) -> nn.Module:
     return graph_model
 
 
-def _relu_class(node: fx.Node, graph_model: fx.GraphModule) -> type | None:
+def relu_class(node: fx.Node, graph_model: fx.GraphModule) -> type | None:
+    """nn.ReLU or nn.ReLU6 if ``node`` calls one, as a module, function or method."""
     if node.op == "call_module":
         kind = type(graph_model.get_submodule(node.target))
         return kind if kind in RELUS else None

@@ -20,6 +20,7 @@ from granq_plugin import (
     quantize,
     to_static,
 )
+from granq_plugin.core.proxy import GranQDynamicActProxy
 from networks import FunctionalReLU, SharedReLU, image, quant_relus, sequential
 
 
@@ -195,6 +196,7 @@ def test_overrides_first_and_last_layer_and_input():
         overrides={"3": {"weight_bit_width": 2, "weight_quant": GranQWeightPerChannelSymmetric}, "4": None,
                    "[26]": {"act_bit_width": 5, "weight_bit_width": 3}})
     assert quantized[0].weight_quant.bit_width() == 8
+    assert not isinstance(quantized[0].input_quant, GranQDynamicActProxy)
     assert quantized[0].input_quant.bit_width() == 7 and not quantized[3].input_quant.is_quant_enabled
     assert quantized[3].weight_quant.bit_width() == 2 and quantized[3].weight_quant.is_signed
     assert quantized[2].act_quant.bit_width() == 5

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from granq_plugin.core.proxy import GranQDynamicActProxy, GranQStaticActProxy
+from granq_plugin.deploy.finn import check_finn
 from granq_plugin.export.files import atomic_path, metadata_of, set_metadata
 from granq_plugin.export.onnx_export import to_onnx
 
@@ -85,7 +86,6 @@ def _check_input_quantized(proto) -> None:
 
 
 def _check_rules(proto) -> None:
-    from granq_plugin.deploy import check_finn
-    failed = [r for r in check_finn(proto) if not r.passed]
-    if failed:
-        raise ValueError("the model breaks rules of FINN: " + "; ".join(str(r) for r in failed))
+    failures = check_finn(proto).failures
+    if failures:
+        raise ValueError("the model breaks rules of FINN: " + "; ".join(f"{r.rule} ({r.node}): {r.message}" for r in failures))

@@ -11,7 +11,6 @@ from brevitas.export.onnx.qonnx.manager import QONNXManager
 from brevitas.export.onnx.standard.qcdq.manager import StdQCDQONNXManager
 from brevitas.graph.calibrate import calibration_mode
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from qonnx.core.modelwrapper import ModelWrapper
 from qonnx.core.onnx_exec import execute_onnx
 from qonnx.transformation.infer_shapes import InferShapes

@@ -1,9 +1,12 @@
 """ResNets for 32x32 images (He et al. 2015, section 4.2), with the parameter names of akamaster/pytorch_resnet_cifar10."""
 
+import copy
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["CifarResNet", "resnet20"]
+__all__ = ["CifarResNet", "convolution_shortcuts", "resnet20"]
 
 
 class PaddingShortcut(nn.Module):
@@ -11,7 +14,7 @@ class PaddingShortcut(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.padding = (out_channels - in_channels) // 2
+        self.in_channels, self.padding = in_channels, (out_channels - in_channels) // 2
 
     def forward(self, x: Tensor) -> Tensor:
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.padding, self.padding))
@@ -85,3 +88,31 @@ class CifarResNet(nn.Module):
 def resnet20(num_classes: int = 10, shortcut: str = "B") -> CifarResNet:
     """ResNet-20: 0.27 M parameters, 41 M multiply-adds at 32x32."""
     return CifarResNet(20, num_classes, shortcut)
+
+
+def convolution_shortcuts(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """Replace padding shortcuts (option A), which FPGA tools have no operator for, by equal 1x1 convolutions.
+
+    The weights are 0 and 1, and the batch normalization behind them is the identity: float outputs stay exactly equal. The result
+    has the structure of ``shortcut="B"`` and may be trained further. Any model with shortcuts of this file's is taken.
+
+    Raises:
+        ValueError: if the model has no padding shortcut.
+    """
+    model = model if inplace else copy.deepcopy(model)
+    places = [name for name, m in model.named_modules() if isinstance(m, PaddingShortcut)]
+    if not places:
+        raise ValueError("model has no padding shortcut (option A) to replace")
+    like = next(model.parameters())
+    for name in places:
+        old = model.get_submodule(name)
+        channels = old.in_channels + 2 * old.padding
+        convolution = nn.Conv2d(old.in_channels, channels, 1, 2, bias=False)
+        # variance + eps is exactly 1 in float32 and float64; with eps 0, training would divide the constant 0 of the padding by 0
+        norm = nn.BatchNorm2d(channels, eps=2.0**-17)
+        norm.running_var.fill_(1 - 2.0**-17)
+        with torch.no_grad():
+            convolution.weight.zero_()
+            convolution.weight[old.padding:channels - old.padding, :, 0, 0] = torch.eye(old.in_channels)
+        model.set_submodule(name, nn.Sequential(convolution, norm).to(like).train(old.training))
+    return model
