@@ -95,9 +95,11 @@ def to_onnx(model: nn.Module, example_input, file_format: str, dynamo: bool = Fa
     with torch.no_grad():
         outputs = _run(model, inputs)
     description = describe(model, inputs)
-    if isinstance(outputs, QuantTensor):
-        model, outputs = _Dequantized(model), outputs.value
     options = _axis_options(inputs, outputs, dynamo, dynamic_batch)
+    if isinstance(outputs, QuantTensor):
+        model = _Dequantized(model)
+        if "dynamic_shapes" in options:  # all inputs are one argument of its forward, *inputs
+            options["dynamic_shapes"] = (options["dynamic_shapes"], )
     options |= dict(dynamo=dynamo, keep_initializers_as_inputs=False)
     if dynamo:
         options |= dict(optimize=True, external_data=False, verbose=False)
@@ -165,7 +167,7 @@ def _run(model: nn.Module, inputs: tuple[Tensor, ...]):
 
 def _axis_options(inputs: tuple[Tensor, ...], outputs, dynamo: bool, dynamic_batch: bool) -> dict[str, Any]:
     """Names of inputs and outputs, and their open first axes in the exporter's own terms."""
-    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs, )
+    outputs = outputs if type(outputs) in (tuple, list) else (outputs, )
     names = [["input"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))],
              ["output"] if len(outputs) == 1 else [f"output_{i}" for i in range(len(outputs))]]
     options = dict(input_names=names[0], output_names=names[1])
