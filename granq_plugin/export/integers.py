@@ -14,7 +14,17 @@ from torch import Tensor, nn
 from granq_plugin import functional as GF
 from granq_plugin.core.proxy import GranQDynamicActProxy
 
-__all__ = ["IntegerCheck", "QuantizerRecord", "find_quantizers", "force_activations", "record_quantizers"]
+__all__ = [
+    "IntegerCheck",
+    "IntegerTally",
+    "QuantizerRecord",
+    "find_quantizers",
+    "force_activations",
+    "integers_of",
+    "match_quantizers",
+    "record_quantizers",
+    "show_integers",
+]
 
 
 @dataclass(frozen=True)
@@ -135,48 +145,68 @@ def _is_constant(name: str, producer: dict, constants: dict) -> bool:
     return name in producer and all(_is_constant(i, producer, constants) for i in producer[name].input if i)
 
 
+def show_integers(model, quantizers: list[FileQuantizer]):
+    """A copy of the model whose further outputs are the quantizers' integers."""
+    import onnx
+    shown = onnx.ModelProto()
+    shown.CopyFrom(model)
+    del shown.graph.value_info[:]
+    existing = {o.name for o in shown.graph.output}
+    for name in dict.fromkeys(q.integers for q in quantizers):
+        if name not in existing:
+            shown.graph.output.append(_output(shown, name))
+    return shown
+
+
 def force_activations(model, quantizers: list[FileQuantizer]):
     """A copy of the model in which every layer reads the quantized activations from new inputs, not from the layers before it.
 
     Returns:
-        ``(model, names)``: an ``onnx.ModelProto`` whose further outputs are the quantizers' integers, and the names of the inputs
-        that take the quantizers' values.
+        ``(model, names)``: the copy, with further outputs as in :func:`show_integers`, and the names of the inputs that take the
+        quantizers' values.
     """
-    import onnx
     from onnx import TensorProto, helper
-    forced = onnx.ModelProto()
-    forced.CopyFrom(model)
-    del forced.graph.value_info[:]
+    forced = show_integers(model, quantizers)
     names = {q.value: f"granq_forced_{i}" for i, q in enumerate(quantizers)}
     for node in forced.graph.node:
         for i, name in enumerate(node.input):
             if name in names:
                 node.input[i] = names[name]
     forced.graph.input.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names.values())
-    existing = {o.name for o in forced.graph.output}
-    integer_types = {o: n.op_type for n in forced.graph.node for o in n.output}
-    for quantizer in quantizers:
-        if quantizer.integers not in existing:
-            existing.add(quantizer.integers)
-            forced.graph.output.append(_output(forced, quantizer.integers, integer_types, TensorProto))
     return forced, list(names.values())
 
 
-def _output(model, name: str, op_types: dict, types):
-    """An output for a tensor of whatever type it has: the integers behind QuantizeLinear keep the type of its zero point."""
-    from onnx import helper
-    node = next(n for n in model.graph.node if name in n.output)
-    while node.op_type == "Clip":
-        node = next((n for n in model.graph.node if node.input[0] in n.output), node)
-        if node.op_type not in ("Clip", "QuantizeLinear"):
-            break
-    if node.op_type == "QuantizeLinear":
-        zero_point = next((i.data_type for i in model.graph.initializer if i.name == node.input[2]), None)
-        if zero_point is None:
-            constant = next(n for n in model.graph.node if node.input[2] in n.output)
-            zero_point = constant.attribute[0].t.data_type
-        return helper.make_tensor_value_info(name, zero_point, None)
-    return helper.make_tensor_value_info(name, types.FLOAT, None)
+def match_quantizers(found: list[np.ndarray], records: list[QuantizerRecord]) -> list[int] | None:
+    """Which record belongs to each of the file's quantizers; tools that sort graphs change their order.
+
+    Args:
+        found: integers of the file's quantizers, from a run of the whole file on the batch of the records.
+
+    Returns:
+        Indices of records of the same shape, with the fewest differing integers, and among equals in order. None: there are none.
+    """
+    free, order = list(range(len(records))), []
+    for integers in found:
+        fitting = [i for i in free if records[i].integers.shape == integers.shape]
+        if not fitting:
+            return None
+        order.append(min(fitting, key=lambda i: int((records[i].integers != integers).sum())))
+        free.remove(order[-1])
+    return order
+
+
+def _output(model, name: str):
+    """An output for a tensor of integers: float, or of the type that QuantizeLinear gave them (its zero point's)."""
+    from onnx import TensorProto, helper
+    producer = {output: n for n in model.graph.node for output in n.output}
+    node = producer[name]
+    if node.op_type == "Clip":
+        node = producer.get(node.input[0], node)
+    if node.op_type != "QuantizeLinear":
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+    types = {i.name: i.data_type for i in model.graph.initializer}
+    types |= {n.output[0]: n.attribute[0].t.data_type for n in model.graph.node if n.op_type == "Constant"}
+    return helper.make_tensor_value_info(name, types[node.input[2]], None)
 
 
 class IntegerTally:

