@@ -184,3 +184,19 @@ def randomized(model, seed):
 
 def images64(seed, batch=4):
     return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def images32(seed, batch=4):
+    return images64(seed, batch).float()
+
+
+def quantized_as(kind, name, bits=4, seed=0):
+    """The FOLDABLE network ``name`` with random weights, in float32: "dynamic", "static" or "folded"."""
+    from granq_plugin import quantize, to_static
+    from granq_plugin.deploy import fold, prepare
+    model = randomized(FOLDABLE[name](), seed).float()
+    if kind == "dynamic":
+        return quantize(model, bits, bits)
+    if kind == "static":
+        return to_static(quantize(model, bits, bits, input_bit_width=8), [images32(1, 8)])
+    return fold(to_static(prepare(model, images32(0, 1), bits, bits), [images32(1, 8)]), images32(0, 1))

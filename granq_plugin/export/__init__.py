@@ -1,8 +1,14 @@
-"""What Brevitas's managers need to know about our proxies."""
+"""Exported files: handlers for Brevitas's managers, files that say what they are, whether they compute the same, what they cost."""
 
 from importlib.util import find_spec
 
-__all__ = ["register_handlers"]
+from granq_plugin.export.costs import report
+from granq_plugin.export.files import read_metadata
+from granq_plugin.export.onnx_export import export_qcdq, export_qonnx
+from granq_plugin.export.ranges_plot import plot_ranges
+from granq_plugin.export.verification import verify
+
+__all__ = ["export_qcdq", "export_qonnx", "plot_ranges", "read_metadata", "register_handlers", "report", "verify"]
 
 
 def register_handlers() -> None:
@@ -14,6 +20,13 @@ def register_handlers() -> None:
     if find_spec("onnx") is None:
         return
     from brevitas.export.inference.manager import InferenceManager
+    from brevitas.export.onnx.qonnx.manager import QONNXManager
+    from brevitas.export.onnx.standard.qcdq.manager import StdQCDQONNXManager
+    from brevitas.export.torch.qcdq.manager import TorchQCDQManager
 
+    from granq_plugin.export.handlers import QCDQ_HANDLERS, QONNX_HANDLERS, TORCH_HANDLERS
     from granq_plugin.export.inference import HANDLERS
-    InferenceManager.handlers.extend(h for h in HANDLERS if h not in InferenceManager.handlers)
+    # the managers of the dynamo exporter share these lists
+    for manager, handlers in ((InferenceManager, HANDLERS), (QONNXManager, QONNX_HANDLERS),
+                              (StdQCDQONNXManager, QCDQ_HANDLERS), (TorchQCDQManager, TORCH_HANDLERS)):
+        manager.handlers.extend(h for h in handlers if h not in manager.handlers)

@@ -1,0 +1,185 @@
+"""Does an exported file compute what torch computes, on real images?
+
+    python -m benchmarks.export --data DIR --weights FILE --calibration-data FILE
+
+ResNet-20 (trained), and a depthwise, a concatenating and a fully connected network (random weights, batch statistics of the
+calibration images): dynamic, static and folded, W4A4 and W3A3, as QONNX in qonnx's executor and onnxruntime and as QCDQ in
+onnxruntime. Writes ``benchmarks/results/export.csv``; with ``--ladder``, also ``export_ladder.csv``: the accuracy of ResNet-20 from
+float to the exported file on the full test set.
+"""
+
+import csv
+import tempfile
+from pathlib import Path
+
+import click
+import torch
+from torch import nn
+
+RESULTS = Path(__file__).parent / "results"
+KINDS = ("dynamic", "static", "folded")
+BIT_WIDTHS = (4, 3)
+FIELDS = ("network", "kind", "bits", "format", "executor", "images", "bit_equal", "close", "same_top1", "correct", "torch_correct",
+          "max_rel", "quantizers", "integers", "unequal_integers", "largest_step", "tie_distance", "output_error")
+LADDER_FIELDS = ("bits", "rung", "correct", "images", "same_top1_as_folded")
+
+
+class Depthwise(nn.Module):
+    """As MobileNetV2: inverted residuals with depthwise convolutions and linear bottlenecks."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.stem = self._layer(3, 16, 3, 2)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(*self._layer(c, 4 * c, 1), *self._layer(4 * c, 4 * c, 3, stride, 4 * c),
+                          nn.Conv2d(4 * c, o, 1, bias=False), nn.BatchNorm2d(o))
+            for c, o, stride in ((16, 16, 1), (16, 24, 2), (24, 24, 1)))
+        self.head, self.pool, self.flatten = self._layer(24, 64, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        self.fc = nn.Linear(64, num_classes)
+
+    @staticmethod
+    def _layer(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(c_out), nn.ReLU6())
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.blocks[0](x)
+        x = self.blocks[1](x)
+        x = x + self.blocks[2](x)
+        return self.fc(self.flatten(self.pool(self.head(x))))
+
+
+class Concat(nn.Module):
+    """Two fire modules: squeeze, expand by 1x1 and 3x3 convolutions, concatenate."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.stem, self.relu = nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU()
+        self.squeeze1, self.left1, self.right1 = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1), nn.Conv2d(8, 16, 3, padding=1)
+        self.squeeze2, self.left2, self.right2 = nn.Conv2d(32, 8, 1), nn.Conv2d(8, 24, 1), nn.Conv2d(8, 24, 3, padding=1)
+        self.relus, self.pool = nn.ModuleList(nn.ReLU() for _ in range(6)), nn.MaxPool2d(2)
+        self.average, self.flatten, self.fc = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, num_classes)
+
+    def forward(self, x):
+        x = self.relus[0](self.squeeze1(self.relu(self.stem(x))))
+        x = self.pool(torch.cat([self.relus[1](self.left1(x)), self.relus[2](self.right1(x))], 1))
+        x = self.relus[3](self.squeeze2(x))
+        x = torch.cat([self.relus[4](self.left2(x)), self.relus[5](self.right2(x))], 1)
+        return self.fc(self.flatten(self.average(x)))
+
+
+def mlp(num_classes: int = 10) -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(3072, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(),
+        nn.Linear(64, num_classes))
+
+
+def untrained(build, images) -> nn.Module:
+    """A network with fixed random weights and the batch statistics of real images."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build()
+    with torch.no_grad():
+        model.train()(images)
+    return model.eval()
+
+
+def quantized_as(kind: str, model: nn.Module, bits: int, calibration: list) -> nn.Module:
+    """``model`` with dynamic, static or folded quantizers of ``bits`` bits."""
+    import granq_plugin as gq
+    from granq_plugin.deploy import fold, prepare
+    example = calibration[0][:1]
+    if kind == "folded":
+        return fold(gq.to_static(prepare(model, example, bits, bits), calibration), example)
+    network = gq.quantize(model, bits, bits, input_bit_width=8)
+    return network if kind == "dynamic" else gq.to_static(network, calibration)
+
+
+def rows_of(name: str, kind: str, bits: int, network: nn.Module, images, labels, batch_size: int, progress) -> list[dict]:
+    """Export in both formats and verify."""
+    from granq_plugin.export import export_qcdq, export_qonnx, verify
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for export, executors in ((export_qonnx, ("qonnx", "onnxruntime")), (export_qcdq, ("onnxruntime", ))):
+            path = export(network, images[:1], Path(folder, "model.onnx"))
+            result = verify(path, network, images, labels=labels, executors=executors, batch_size=batch_size, progress=progress)
+            for a in result.agreements:
+                i = a.integers
+                rows.append(dict(zip(FIELDS, (
+                    name, kind, bits, export.__name__.removeprefix("export_"), a.executor, a.images, a.exact, a.close, a.top1,
+                    a.correct, a.torch_correct, f"{a.max_rel:.2g}", i.quantizers, i.values, i.unequal, i.largest_step,
+                    f"{i.tie_distance:.2g}", f"{i.output_error:.2g}"))))
+    return rows
+
+
+def ladder(model: nn.Module, calibration: list, test_set, preprocessing) -> list[dict]:
+    """Correct answers of ResNet-20 on the whole test set: float, dynamic, static, folded, and the file in onnxruntime."""
+    from granq_plugin.export import export_qcdq, verify
+    from zoo.evaluate import evaluate, input_batches
+    images, rows = torch.cat(list(input_batches(test_set.images, preprocessing, 1000))), []
+    full_precision = evaluate(model, test_set, preprocessing).correct
+    for bits in BIT_WIDTHS:
+        rungs = {"float": full_precision}
+        rungs |= {k: evaluate(quantized_as(k, model, bits, calibration), test_set, preprocessing).correct for k in KINDS[:2]}
+        folded = quantized_as("folded", model, bits, calibration)
+        with tempfile.TemporaryDirectory() as folder:
+            path = export_qcdq(folded, images[:1], Path(folder, "model.onnx"))
+            a, = verify(path, folded, images, labels=test_set.labels, executors=("onnxruntime", ), batch_size=200,
+                        integers=False).agreements
+        rungs |= {"folded": a.torch_correct, "exported file": a.correct}
+        rows += [dict(zip(LADDER_FIELDS, (bits, rung, correct, len(images), a.top1 if rung == "exported file" else "")))
+                 for rung, correct in rungs.items()]
+    return rows
+
+
+def write(path: Path, fields: tuple, rows: list[dict]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    part = path.with_suffix(".part")
+    with open(part, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, fields)
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(path)
+
+
+@click.command(help=__doc__)
+@click.option("--data", type=click.Path(path_type=Path), envvar="GRANQ_DATA", required=True)
+@click.option("--weights", type=click.Path(path_type=Path), required=True)
+@click.option("--calibration-data", type=click.Path(path_type=Path), required=True)
+@click.option("--images", "count", default=1000, show_default=True, help="Test images to verify on.")
+@click.option("--batch-size", default=100, show_default=True)
+@click.option("--networks", default="resnet20,depthwise,concat,mlp", show_default=True)
+@click.option("--ladder", "with_ladder", is_flag=True, help="Also the accuracy ladder on the full test set.")
+def main(data, weights, calibration_data, count, batch_size, networks, with_ladder) -> None:
+    from tqdm import tqdm
+
+    import zoo
+    from zoo.data import load_images, read_npz
+    from zoo.evaluate import input_batches
+    from zoo.models.cifar_resnet import convolution_shortcuts
+    from zoo.weights import load_weights
+    card = zoo.get_card("resnet20_cifar10")
+    test_set = load_images(data, card.dataset)
+    calibration = list(input_batches(read_npz(calibration_data).subset(1000).images, card.preprocessing, 250))
+    resnet20 = card.build()
+    load_weights(resnet20, weights)
+    resnet20 = convolution_shortcuts(resnet20)
+    builders = dict(depthwise=Depthwise, concat=Concat, mlp=mlp)
+    models = {n: resnet20 if n == "resnet20" else untrained(builders[n], calibration[0]) for n in networks.split(",") if n}
+    chosen = test_set.subset(count)
+    images = torch.cat(list(input_batches(chosen.images, card.preprocessing, 1000)))
+    rows = []
+    with tqdm(total=len(models) * len(KINDS) * len(BIT_WIDTHS) * 3 * len(images), unit="img") as bar:
+        for name, model in models.items():
+            for kind in KINDS:
+                for bits in BIT_WIDTHS:
+                    network = quantized_as(kind, model, bits, calibration)
+                    rows += rows_of(name, kind, bits, network, images, chosen.labels, batch_size, bar.update)
+                    write(RESULTS / "export.csv", FIELDS, rows)
+    if with_ladder:
+        write(RESULTS / "export_ladder.csv", LADDER_FIELDS, ladder(resnet20, calibration, test_set, card.preprocessing))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""From a folded model to the file that FINN reads: :func:`export_finn`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from granq_plugin.core.proxy import GranQDynamicActProxy, GranQStaticActProxy
+from granq_plugin.deploy.finn import check_finn
+from granq_plugin.export.files import atomic_path, metadata_of, set_metadata
+from granq_plugin.export.onnx_export import to_onnx
+
+__all__ = ["export_finn"]
+
+
+def export_finn(
+        model: nn.Module,
+        example_input: Tensor,
+        path: str | Path,
+        *,
+        top_k: int | None = None,
+        metadata: Mapping[str, Any] | None = None) -> Path:
+    """Write a folded model as the QONNX that FINN reads: batch 1, cleaned, datatypes annotated, the rules of FINN checked.
+
+    Args:
+        model: the result of :func:`granq_plugin.deploy.fold`, with a quantized input.
+        example_input: float tensor ``[B, ...]``; its first sample is used.
+        path: the file. It is written whole or not at all.
+        top_k: end in the indices of the k largest outputs.
+        metadata: further entries for the file: see :func:`granq_plugin.export.export_qonnx`.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ValueError: if the model is not folded, its input is not quantized, rules of FINN fail (all of them are named), or top_k is
+        not from 1 to the number of outputs; and what :func:`granq_plugin.export.export_qonnx` raises.
+    """
+    with atomic_path(path) as part:
+        import onnx
+        _check_folded(model)
+        if not isinstance(example_input, Tensor):
+            raise TypeError(f"example_input must be a tensor, got {type(example_input).__name__}")
+        proto = to_onnx(model, example_input[:1], "qonnx", dynamic_batch=False)
+        described = metadata_of(proto)
+        proto = _cleaned(proto, top_k)
+        _check_input_quantized(proto)
+        _check_rules(proto)
+        set_metadata(proto, described | {"format": "finn"} | dict(metadata or {}))
+        onnx.save(proto, part)
+    return Path(path)
+
+
+def _check_folded(model: nn.Module) -> None:
+    for name, proxy in model.named_modules():
+        if isinstance(proxy, GranQDynamicActProxy):
+            raise ValueError(f"activation quantizer {name!r} is dynamic, and FINN has no scales that follow the data: "
+                             "make the model static (granq_plugin.to_static), then fold it (granq_plugin.deploy.fold)")
+        if isinstance(proxy, GranQStaticActProxy) and proxy.is_quant_enabled and proxy.scale().numel() > 1:
+            raise ValueError(f"activation quantizer {name!r} has one scale per channel, on which FINN gets stuck: "
+                             "fold the model first (granq_plugin.deploy.fold)")
+
+
+def _cleaned(proto, top_k: int | None):
+    from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.transformation.infer_datatypes import InferDataTypes
+    from qonnx.transformation.infer_shapes import InferShapes
+    from qonnx.transformation.insert_topk import InsertTopK
+    from qonnx.util.cleanup import cleanup_model
+    graph = cleanup_model(ModelWrapper(proto))
+    if top_k is not None:
+        outputs = graph.get_tensor_shape(graph.graph.output[0].name)[-1]
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= outputs:
+            raise ValueError(f"top_k must be a whole number from 1 to {outputs}, the number of outputs, got {top_k!r}")
+        graph = cleanup_model(graph.transform(InsertTopK(k=top_k)).transform(InferShapes()))
+    return graph.transform(InferDataTypes()).model
+
+
+def _check_input_quantized(proto) -> None:
+    name = proto.graph.input[0].name
+    readers = [n for n in proto.graph.node if name in n.input]
+    if not readers or any(n.op_type != "Quant" for n in readers):
+        raise ValueError(f"the model's input is read by {', '.join(n.op_type for n in readers) or 'nothing'}, not by a quantizer: "
+                         "FINN needs a quantized input (granq_plugin.quantize(..., input_bit_width=8))")
+
+
+def _check_rules(proto) -> None:
+    failures = check_finn(proto).failures
+    if failures:
+        raise ValueError("the model breaks rules of FINN: " + "; ".join(f"{r.rule} ({r.node}): {r.message}" for r in failures))

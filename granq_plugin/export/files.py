@@ -1,0 +1,114 @@
+"""ONNX files: written whole or not at all, with what is known of the network in them."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+__all__ = ["atomic_path", "read_metadata", "read_onnx", "set_metadata"]
+
+PREFIX = "granq."
+DIGEST = "sha256"
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside ``path``, which takes its name when the block ends, and is removed when the block fails.
+
+    The temporary file is created at once, so that a path that cannot be written fails before any work is done.
+
+    Raises:
+        OSError: naming ``path``, if it is a folder, its folder does not exist, or it cannot be written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"output path {str(path)!r} is a folder")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"output path {str(path)!r}: its folder does not exist")
+    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    try:
+        part.touch()
+    except OSError as e:
+        raise type(e)(f"output path {str(path)!r} cannot be written: {e.strerror}") from e
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def set_metadata(model, entries: Mapping) -> None:
+    """Write entries into an ``onnx.ModelProto``: strings as they are, everything else as JSON; and a digest of the whole model.
+
+    Raises:
+        TypeError: for a key that is not a string, or a value that JSON does not know.
+    """
+    stored = {p.key: p.value for p in model.metadata_props}
+    for key, value in entries.items():
+        if not isinstance(key, str):
+            raise TypeError(f"metadata keys are strings, got {key!r}")
+        try:
+            stored[PREFIX + key] = value if isinstance(value, str) else json.dumps(value)
+        except (TypeError, ValueError) as e:
+            raise TypeError(f"metadata {key!r}: {value!r} cannot be stored as JSON") from e
+    stored.pop(PREFIX + DIGEST, None)
+    _replace(model, stored)
+    _replace(model, stored | {PREFIX + DIGEST: _digest(model)})
+
+
+def _replace(model, entries: Mapping) -> None:
+    del model.metadata_props[:]
+    for key, value in sorted(entries.items()):
+        model.metadata_props.add(key=key, value=value)
+
+
+def _digest(model) -> str:
+    """SHA-256 of the model without its digest."""
+    return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+
+
+def read_onnx(path: str | Path, allow_changed: bool = False):
+    """Read an ONNX file as an ``onnx.ModelProto``.
+
+    Args:
+        allow_changed: also accept a file of ours that another tool has changed since it was exported.
+
+    Raises:
+        FileNotFoundError: if there is no such file. ValueError: if it is not a whole, valid ONNX model, or was changed.
+    """
+    import onnx
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"model file {str(path)!r} " + ("is a folder" if path.is_dir() else "does not exist"))
+    try:
+        model = onnx.load(path)
+        onnx.checker.check_model(model)
+    except Exception as e:  # protobuf's DecodeError, the checker's ValidationError, missing external data...
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ValueError(f"{str(path)!r} is not a readable ONNX model: it is damaged, or another kind of file ({reason})") from e
+    if not model.graph.node:  # an empty or cut file can still be a valid message
+        raise ValueError(f"{str(path)!r} is not a readable ONNX model: it holds no graph")
+    expected = metadata_of(model).get(DIGEST)
+    if expected is not None and not allow_changed:
+        unsigned = onnx.ModelProto()
+        unsigned.CopyFrom(model)
+        _replace(unsigned, {p.key: p.value for p in model.metadata_props if p.key != PREFIX + DIGEST})
+        if _digest(unsigned) != expected:
+            raise ValueError(f"{str(path)!r} was changed after it was exported: its contents do not have the SHA-256 that it names")
+    return model
+
+
+def metadata_of(model) -> dict[str, str]:
+    """Our entries of an ``onnx.ModelProto``, without their prefix."""
+    return {p.key.removeprefix(PREFIX): p.value for p in model.metadata_props if p.key.startswith(PREFIX)}
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What an exported file says of itself: format, bit widths, plugin version, and what the caller of the export added.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`read_onnx`.
+    """
+    return metadata_of(read_onnx(path))

@@ -1,0 +1,234 @@
+"""Does an exported file compute what the torch model computes? :func:`verify` runs it and counts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from granq_plugin.export.executors import EXECUTORS, fixed_batch, open_executor
+from granq_plugin.export.files import read_onnx
+from granq_plugin.export.integers import (
+    IntegerCheck,
+    IntegerTally,
+    QuantizerRecord,
+    find_quantizers,
+    force_activations,
+    integers_of,
+    match_quantizers,
+    record_quantizers,
+    show_integers,
+)
+
+__all__ = ["Agreement", "Verification", "verify"]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One executor beside torch, over all images.
+
+    Attributes:
+        executor: its name. images: how many were run.
+        exact: images whose outputs are all equal, bit for bit. close: whose outputs differ by at most ``rtol`` of the largest one.
+        max_abs, max_rel: the largest difference, and the largest relative to its image's largest output.
+        top1: images with the same largest output (for a file that ends in top-k: with the same indices).
+        correct, torch_correct: images whose largest output is the label, in the file and in torch; None without labels.
+        integers: the activations' integers, layer by layer; None where the file shows none (``integers_missing`` says why).
+    """
+    executor: str
+    images: int
+    exact: int
+    close: int
+    max_abs: float
+    max_rel: float
+    top1: int
+    correct: int | None
+    torch_correct: int | None
+    integers: IntegerCheck | None
+    integers_missing: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :func:`verify` found.
+
+    Attributes:
+        path: the file. rtol: what counts as close. agreements: one per executor.
+    """
+    path: str
+    rtol: float
+    agreements: tuple[Agreement, ...]
+
+    def __str__(self) -> str:
+        lines = [self.path]
+        for a in self.agreements:
+            lines.append(
+                f"  {a.executor}: {a.images} images, {a.exact} bit-equal, {a.close} within {self.rtol:g}, same top-1 {a.top1}, "
+                f"largest difference {a.max_abs:.3g} (relative {a.max_rel:.3g})")
+            if a.correct is not None:
+                lines.append(f"    correct: file {a.correct}, torch {a.torch_correct}")
+            if a.integers is None:
+                lines.append(f"    integers not compared: {a.integers_missing}")
+            else:
+                i = a.integers
+                unequal = f"; {i.unequal} differ by at most {i.largest_step}, all within {i.tie_distance:.1g} steps of a tie"
+                lines.append(f"    integers, layer by layer: {i.values - i.unequal} of {i.values} equal in {i.quantizers} "
+                             f"quantizers{unequal if i.unequal else ''}; output then within {i.output_error:.1g}")
+        return "\n".join(lines)
+
+
+def verify(
+        path: str | Path,
+        model: nn.Module,
+        images: Tensor,
+        *,
+        labels: Tensor | None = None,
+        executors: tuple[str, ...] = ("onnxruntime", "qonnx"),
+        batch_size: int = 50,
+        rtol: float = 1e-5,
+        integers: bool = True,
+        allow_changed: bool = False,
+        progress: Callable[[int], object] | None = None) -> Verification:
+    """Run an exported file and the torch model that it came from on the same images, and compare.
+
+    End to end, two programs that add in different orders may round a value that lies on a tie differently, and differ from there
+    on. The comparison of integers (:class:`IntegerCheck`) tells such images from a wrong file.
+
+    Args:
+        path: an ONNX file. model: the torch model, compared in evaluation mode, on the CPU.
+        images: preprocessed float32 inputs ``[N, ...]``. labels: integers ``[N]``, to count correct answers.
+        executors: of "onnxruntime", "qonnx" and "hls4ml" (extra ``hls``; folded networks only).
+        batch_size: images at a time; a file that is fixed to another batch size is run with its own.
+        rtol: what counts as close, relative to the largest output of an image.
+        integers: also compare the activations' integers.
+        allow_changed: accept a file that another tool has changed since it was exported.
+        progress: called with the number of images done, for each executor.
+
+    Returns:
+        :class:`Verification`.
+
+    Raises:
+        FileNotFoundError: if there is no such file. ValueError: if it is damaged or was changed, if an executor does not take it,
+        if the images do not fit it, or the model's outputs are of another shape. TypeError: if images are no float32 tensor.
+    """
+    proto = read_onnx(path, allow_changed)
+    names = list(dict.fromkeys(executors))
+    unknown = [name for name in names if name not in EXECUTORS]
+    if unknown or not names:
+        raise ValueError(f"executors must be of {', '.join(EXECUTORS)}, got {tuple(executors)!r}")
+    _check_images(images, labels, proto)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
+    batch_size = fixed_batch(proto) or batch_size
+    if len(images) % batch_size and fixed_batch(proto):
+        raise ValueError(f"the file takes batches of {batch_size}, of which {len(images)} images are no multiple")
+    model, device = model.cpu(), next((p.device for p in model.parameters()), torch.device("cpu"))
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        agreements = [_compare(name, proto, model, images, labels, batch_size, rtol, integers, progress) for name in names]
+    finally:
+        model.to(device)
+        for module, training in modes.items():
+            module.training = training
+    return Verification(str(path), rtol, tuple(agreements))
+
+
+def _check_images(images, labels, proto) -> None:
+    if not isinstance(images, Tensor) or images.dtype != torch.float32:
+        raise TypeError(f"images must be a float32 tensor, got {getattr(images, 'dtype', type(images).__name__)}")
+    if not len(images):
+        raise ValueError("images are empty")
+    if len(proto.graph.input) != 1:
+        raise ValueError(f"the file has {len(proto.graph.input)} inputs; one is known here")
+    shape = [d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim]
+    if len(shape) != images.dim() or any(n and n != m for n, m in zip(shape[1:], images.shape[1:])):
+        raise ValueError(f"the file takes inputs of shape {['N', *shape[1:]]}, got images of shape {list(images.shape)}")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"{len(labels)} labels for {len(images)} images")
+
+
+def _compare(name, proto, model, images, labels, batch_size, rtol, integers, progress) -> Agreement:
+    run = open_executor(name, proto)
+    missing = "hls4ml computes in fixed point" if name == "hls4ml" else "" if integers else "not asked for"
+    check = None if missing else _IntegerRun(name, proto)
+    input_name, output_name = proto.graph.input[0].name, proto.graph.output[0].name
+    exact = close = top1 = correct = torch_correct = 0
+    max_abs = max_rel = 0.0
+    for start in range(0, len(images), batch_size):
+        x = images[start:start + batch_size]
+        with torch.no_grad(), record_quantizers(model) as recorder:
+            expected = _plain(model(x)).numpy()
+        found = np.asarray(run({input_name: x.numpy()})[output_name])
+        indices = not np.issubdtype(found.dtype, np.floating) or found.size != expected.size
+        found = found.reshape(len(x), -1)
+        flat = expected.reshape(len(x), -1)
+        if indices:  # the file ends in top-k
+            k = found.shape[1]
+            if k > flat.shape[1]:
+                raise ValueError(f"the file gives outputs of shape {found.shape[1:]}, the model of {flat.shape[1:]}")
+            largest = torch.from_numpy(flat).topk(k).indices.numpy()
+            same = (found == largest).all(1)
+            exact, close, top1 = exact + int(same.sum()), close + int(same.sum()), top1 + int(same.sum())
+            choice = found[:, 0].astype(np.int64)
+        else:
+            difference = np.abs(found - flat)
+            relative = difference.max(1) / np.maximum(np.abs(flat).max(1), np.finfo(np.float32).tiny)
+            relative = np.where(np.isnan(relative), np.inf, relative)
+            max_abs, max_rel = max(max_abs, float(difference.max())), max(max_rel, float(relative.max()))
+            exact += int((found == flat).all(1).sum())
+            close += int((relative <= rtol).sum())
+            choice = found.argmax(1)
+            top1 += int((choice == flat.argmax(1)).sum())
+        if labels is not None:
+            y = labels[start:start + batch_size].numpy()
+            correct += int((choice == y).sum())
+            torch_correct += int((flat.argmax(1) == y).sum())
+        if check is not None:
+            missing = missing or check.add(x.numpy(), recorder.records, None if indices else expected)
+        if progress:
+            progress(len(x))
+    counted = check is not None and not missing
+    return Agreement(
+        name, len(images), exact, close, max_abs, max_rel, top1, None if labels is None else correct,
+        None if labels is None else torch_correct, check.tally.result() if counted else None, missing)
+
+
+def _plain(output) -> Tensor:
+    output = getattr(output, "value", output)
+    if not isinstance(output, Tensor):
+        raise TypeError(f"the model must return a tensor, got {type(output).__name__}")
+    return output.cpu()
+
+
+class _IntegerRun:
+    """Runs the file's layers on torch's activations."""
+
+    def __init__(self, executor: str, proto) -> None:
+        self.executor, self.proto, self.quantizers = executor, proto, find_quantizers(proto)
+        self.input, self.output = proto.graph.input[0].name, proto.graph.output[0].name
+        self.tally, self.run = IntegerTally(), None
+
+    def add(self, x: np.ndarray, records: list[QuantizerRecord], expected: np.ndarray | None) -> str:
+        """Compare one batch; the reason if that is not possible."""
+        if not self.quantizers:
+            return "no activation quantizer was found in the file"
+        if len(records) != len(self.quantizers):
+            return f"the file has {len(self.quantizers)} activation quantizers, the model ran {len(records)}"
+        if self.run is None:
+            found = open_executor("onnxruntime", show_integers(self.proto, self.quantizers))({self.input: x})
+            self.order = match_quantizers([integers_of(q, found) for q in self.quantizers], records)
+            if self.order is None:
+                return "the activations in the file are of other shapes than the model's"
+            forced, self.names = force_activations(self.proto, self.quantizers)
+            self.run = open_executor(self.executor, forced)
+        records = [records[i] for i in self.order]
+        outputs = self.run({self.input: x} | dict(zip(self.names, (r.value for r in records))))
+        error = 0.0
+        if expected is not None:
+            flat, found = expected.reshape(len(x), -1), np.asarray(outputs[self.output]).reshape(len(x), -1)
+            error = float((np.abs(found - flat).max(1) / np.maximum(np.abs(flat).max(1), np.finfo(np.float32).tiny)).max())
+        self.tally.add(records, [integers_of(q, outputs) for q in self.quantizers], error)
+        return ""

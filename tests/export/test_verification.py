@@ -1,0 +1,189 @@
+"""verify(): files that compute the same pass, files that do not are seen, damaged ones are refused."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from granq_plugin.export import export_qcdq, export_qonnx, verify
+from granq_plugin.export.executors import lower_quant, open_executor
+from granq_plugin.export.files import read_onnx, set_metadata
+from networks import images32, quantized_as
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """``(path, model, images)`` of a static network in QONNX."""
+    model, x = quantized_as("static", "without_norm"), images32(2, 6)
+    return export_qonnx(model, x[:1], tmp_path / "m.onnx"), model, x
+
+
+def changed(path, change, sign=True):
+    """Change the stored model, and make its digest fit again."""
+    proto = onnx.load(path)
+    change(proto)
+    if sign:
+        set_metadata(proto, {})
+    onnx.save(proto, path)
+
+
+def largest_initializer(proto):
+    return max((i for i in proto.graph.initializer if len(i.dims) > 1), key=lambda i: np.prod(i.dims))
+
+
+def scale_by(factor):
+
+    def change(proto):
+        weight = largest_initializer(proto)
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(factor), weight.name))
+
+    return change
+
+
+def test_counts(exported):
+    path, model, x = exported
+    labels = model(x).argmax(1)
+    labels[0] = (labels[0] + 1) % 3
+    seen = []
+    result = verify(path, model, x, labels=labels, batch_size=4, progress=seen.append)
+    assert [a.executor for a in result.agreements] == ["onnxruntime", "qonnx"] and seen == [4, 2, 4, 2]
+    for a in result.agreements:
+        assert (a.images, a.close, a.top1, a.correct, a.torch_correct) == (6, 6, 6, 5, 5)
+        assert a.max_rel < 1e-5 and a.integers.values == 6 * (3 * 64 + 6 * 64 + 6 * 4) and a.integers.quantizers == 3
+        assert a.integers.unequal == 0
+    assert "6 within 1e-05" in str(result) and "3 quantizers" in str(result)
+
+
+def test_a_wrong_weight_is_seen(exported):
+    path, model, x = exported
+    changed(path, scale_by(1.5))
+    for a in verify(path, model, x).agreements:
+        assert a.close < a.images and a.max_rel > 1e-3 and a.exact == 0
+
+
+def test_a_wrong_quantizer_is_seen_in_the_integers_alone(exported):
+    path, model, x = exported
+
+    def double_the_last_scale(proto):
+        node = [n for n in proto.graph.node if n.op_type == "Quant"][-3]  # the last activation's, before two weights'
+        scale = next(i for i in proto.graph.initializer if i.name == node.input[1])
+        scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * 2, scale.name))
+
+    changed(path, double_the_last_scale)
+    for a in verify(path, model, x).agreements:
+        assert a.integers.unequal > 0 and a.integers.tie_distance > 0.1
+
+
+def test_a_tie_is_told_from_an_error(exported):
+    """An activation that is off by a millionth of a step flips only what lies that close to a tie."""
+    path, model, x = exported
+    with torch.no_grad():  # every second value of the input quantizer on a tie
+        scale = model[0].input_quant.scale()
+        x = scale * (torch.randint(0, 200, x.shape) + 0.5 - model[0].input_quant.zero_point())
+
+    def shift(proto):
+        name = proto.graph.input[0].name
+        for node in proto.graph.node:
+            for i, source in enumerate(node.input):
+                if source == name:
+                    node.input[i] = "shifted"
+        proto.graph.initializer.append(numpy_helper.from_array(np.float32(1 + 1e-6), "shift"))
+        proto.graph.node.insert(0, onnx.helper.make_node("Mul", [name, "shift"], ["shifted"]))
+
+    changed(path, shift)
+    for a in verify(path, model, x).agreements:
+        assert a.integers.unequal > 0 and a.integers.largest_step == 1 and a.integers.tie_distance < 1e-3
+
+
+def test_modes_are_kept_and_training_does_not_matter(exported):
+    path, model, x = exported
+    model.train()
+    model[1].eval()
+    before = [m.training for m in model.modules()]
+    assert verify(path, model, x, executors=("onnxruntime", )).agreements[0].close == 6
+    assert [m.training for m in model.modules()] == before
+
+
+def test_a_model_without_activation_quantizers_has_no_integers(tmp_path):
+    from granq_plugin import quantize
+    model = quantize(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3)), act_bit_width=None).eval()
+    path = export_qcdq(model, images32(0), tmp_path / "m.onnx")
+    agreement, = verify(path, model, images32(0), executors=("onnxruntime", )).agreements
+    assert agreement.integers is None and "no activation quantizer" in agreement.integers_missing and agreement.close == 4
+
+
+class TestDamage:
+
+    @pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.99])
+    def test_truncated(self, exported, kept):
+        path, model, x = exported
+        content = path.read_bytes()
+        path.write_bytes(content[:int(kept * len(content))])
+        with pytest.raises(ValueError, match="m.onnx"):
+            verify(path, model, x)
+
+    def test_tampered(self, exported):
+        path, model, x = exported
+        changed(path, scale_by(1.0 + 1e-3), sign=False)
+        with pytest.raises(ValueError, match="was changed after it was exported"):
+            verify(path, model, x)
+        assert verify(path, model, x, allow_changed=True, executors=("onnxruntime", )).agreements[0].images == 6
+
+    def test_a_flipped_byte(self, exported):
+        path, model, x = exported
+        content = bytearray(path.read_bytes())
+        for position in range(50, len(content), len(content) // 25):
+            flipped = bytearray(content)
+            flipped[position] ^= 0x10
+            path.write_bytes(flipped)
+            with pytest.raises(ValueError, match="m.onnx"):
+                verify(path, model, x, executors=("onnxruntime", ))
+
+    def test_not_onnx(self, tmp_path, exported):
+        _, model, x = exported
+        (tmp_path / "x.onnx").write_text("not a model")
+        with pytest.raises(ValueError, match="not a readable ONNX model"):
+            verify(tmp_path / "x.onnx", model, x)
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            verify(tmp_path / "none.onnx", model, x)
+
+
+class TestBadInput:
+
+    @pytest.mark.parametrize("arguments, error, message", [
+        (dict(images=torch.zeros(2, 3, 9, 9)), ValueError, r"inputs of shape \['N', 3, 8, 8\], got images of shape \[2, 3, 9, 9\]"),
+        (dict(images=torch.zeros(2, 192)), ValueError, "got images of shape"),
+        (dict(images=torch.zeros(0, 3, 8, 8)), ValueError, "empty"),
+        (dict(images=torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), TypeError, "float32 tensor, got torch.uint8"),
+        (dict(executors=("tflite", )), ValueError, "onnxruntime, qonnx, hls4ml, got"),
+        (dict(executors=()), ValueError, "executors"),
+        (dict(labels=torch.zeros(2)), ValueError, "2 labels for 6 images"), (dict(batch_size=0), ValueError, "at least 1, got 0")])
+    def test_arguments(self, exported, arguments, error, message):
+        path, model, x = exported
+        with pytest.raises(error, match=message):
+            verify(path, model, **dict(images=x) | arguments)
+
+    def test_fixed_batches(self, tmp_path):
+        model, x = quantized_as("static", "mlp"), images32(0, 6)
+        path = export_qonnx(model, x[:4], tmp_path / "m.onnx", dynamic_batch=False)
+        with pytest.raises(ValueError, match="batches of 4, of which 6 images are no multiple"):
+            verify(path, model, x)
+        assert verify(path, model, x[:4]).agreements[1].close == 4
+
+    def test_another_model(self, exported):
+        path, _, x = exported
+        with pytest.raises(ValueError, match="outputs of shape"):
+            verify(path, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2)), x, integers=False)
+
+
+def test_lowered_quant_nodes_are_those_of_qonnx(exported):
+    """Two independent definitions of Quant: qonnx's numpy and ours in standard operators."""
+    path, _, x = exported
+    proto = read_onnx(path)
+    assert not any(n.op_type == "Quant" for n in lower_quant(proto).graph.node)
+    quantized, = (n.output[0] for n in proto.graph.node if proto.graph.input[0].name in n.input)
+    proto.graph.output.append(onnx.helper.make_tensor_value_info(quantized, onnx.TensorProto.FLOAT, None))
+    inputs = {proto.graph.input[0].name: x.numpy() * 3}
+    first, second = (open_executor(name, proto)(inputs)[quantized] for name in ("onnxruntime", "qonnx"))
+    np.testing.assert_array_equal(first, second)
