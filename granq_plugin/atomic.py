@@ -10,14 +10,22 @@ __all__ = ["atomic_path", "write_text"]
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path to write to; it becomes ``path`` when the block ends, and vanishes if the block raises.
+    """A temporary path beside ``path``, which takes its name when the block ends, and is removed when the block fails.
+
+    The temporary file is created at once, so that a path that cannot be written fails before any work is done.
 
     Raises:
-        OSError: naming ``path``, if it cannot be written, e.g. on a full disk. What stood there before is left whole.
+        OSError: naming ``path``, if it is a folder, its folder does not exist, or it cannot be written, e.g. on a full disk. What
+            stood there before is left whole.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"output path {str(path)!r} is a folder")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"output path {str(path)!r}: its folder does not exist")
     part = path.with_name(f"{path.name}.part{os.getpid()}")
     try:
+        part.touch()
         yield part
         with open(part, "rb+") as f:
             os.fsync(f.fileno())  # a crash of the machine must not leave an empty file under the final name

@@ -3,6 +3,7 @@
 import click
 
 from granq_plugin.cli.evaluate import evaluate
+from granq_plugin.cli.export import export, report, verify
 from granq_plugin.cli.qat import qat
 
 __all__ = ["cli", "run"]
@@ -17,7 +18,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for verb in (evaluate, qat):
+for verb in (evaluate, qat, export, verify, report):
     cli.add_command(verb)
 
 

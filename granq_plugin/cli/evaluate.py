@@ -5,7 +5,8 @@ from pathlib import Path
 
 import click
 
-from granq_plugin.cli.options import WEIGHT_REGIMES, BitWidth, input_errors, open_device
+from granq_plugin.cli.options import BitWidth, input_errors, open_device
+from zoo.students import WEIGHT_REGIMES
 
 __all__ = ["evaluate"]
 

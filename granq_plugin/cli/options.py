@@ -4,14 +4,7 @@ import contextlib
 
 import click
 
-__all__ = ["WEIGHT_REGIMES", "BitWidth", "input_errors", "open_device"]
-
-WEIGHT_REGIMES = {
-    "per-output-channel": "GranQWeightPerChannel",
-    "per-output-channel-symmetric": "GranQWeightPerChannelSymmetric",
-    "per-kernel": "GranQWeightPerKernel",
-}
-
+__all__ = ["BitWidth", "input_errors", "open_device"]
 
 @contextlib.contextmanager
 def input_errors():

@@ -3,11 +3,13 @@
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from granq_plugin.cli.options import WEIGHT_REGIMES, BitWidth, input_errors, open_device
+from granq_plugin.cli.options import BitWidth, input_errors, open_device
+from zoo.students import ACTIVATIONS, WEIGHT_REGIMES, Student, calibrator
 
 __all__ = ["qat"]
 
@@ -27,10 +29,12 @@ def _help_of_settings(context: click.Context, _, value: bool) -> None:
               help="The float teacher's weights: .safetensors or a torch state dict.")
 @click.option("--weight-bits", type=BitWidth(), default=4, show_default=True, help="Bit width of the weights, 1 to 16.")
 @click.option("--act-bits", type=BitWidth(), default=4, show_default=True, help="Bit width of the activations, 1 to 16.")
-@click.option("--weight-regime", type=click.Choice(list(WEIGHT_REGIMES)), default="per-output-channel", show_default=True,
-              help="Granularity of the weights; per-kernel is for comparison with the paper only.")
-@click.option("--static", is_flag=True, help="Per-channel activation ranges that follow the student, then freeze.")
-@click.option("--learned-scale", is_flag=True, help="With --static: frozen scales go on learning.")
+@click.option("--activations", type=click.Choice(ACTIVATIONS), default="dynamic", show_default=True,
+              help="dynamic: the paper's. static: ranges follow the student, then freeze. folded: for FINN; needs --images.")
+@click.option("--weight-regime", type=click.Choice(list(WEIGHT_REGIMES)),
+              help="Granularity of the weights; per-kernel is for comparison with the paper only  [default: per-output-channel; "
+              "with folded activations per-output-channel-symmetric].")
+@click.option("--learned-scale", is_flag=True, help="With static activations: frozen scales go on learning.")
 @click.option("--preset", "preset_name", metavar="NAME", help="Named settings  [default: the data set's fast ones].")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE",
               help="TOML file of settings that differ from the preset's.")
@@ -47,7 +51,7 @@ def _help_of_settings(context: click.Context, _, value: bool) -> None:
 @click.option("--device", default="cpu", show_default=True, help="torch device; under torchrun, cuda means each rank's own.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's].")
 @click.option("--tensorboard", is_flag=True, help="Also write metrics for TensorBoard to RUN_DIR/tensorboard.")
-def qat(name, out, weights, weight_bits, act_bits, weight_regime, static, learned_scale, preset_name, config_file, assignments,
+def qat(name, out, weights, weight_bits, act_bits, activations, weight_regime, learned_scale, preset_name, config_file, assignments,
         images_file, data, evaluate_every, resume, device, threads, tensorboard) -> None:
     """Train a low-bit zoo network without data: a generator invents images, the float network teaches.
 
@@ -59,22 +63,22 @@ def qat(name, out, weights, weight_bits, act_bits, weight_regime, static, learne
       granq qat resnet20_cifar10 --weight-bits 3 --act-bits 3 --weights resnet20.pt --out runs/w3a3 --data DIR
     """
     with input_errors():
-        from zoo import get_card
-        card = get_card(name)
-    if learned_scale and not static:
-        raise click.UsageError("--learned-scale needs --static")
+        regime = weight_regime or ("per-output-channel-symmetric" if activations == "folded" else "per-output-channel")
+        described = Student(name, weight_bits, act_bits, regime, activations, learned_scale)
+        card = described.card
+    if activations == "folded" and images_file is None:
+        raise click.UsageError("--activations folded needs --images FILE, for ranges to fold: those of a run with memory_size")
     if evaluate_every and data is None:
         raise click.UsageError("--evaluate-every needs --data DIR")
 
     import torch
     from tqdm import tqdm
 
-    import granq_plugin
     import zoo.data
     import zoo.evaluate
     import zoo.weights
     from granq_plugin.zero_shot import parallel, zero_shot_qat
-    from granq_plugin.zero_shot.outcome import save_outcome
+    from granq_plugin.zero_shot.outcome import save_outcome, save_tensors
 
     with input_errors():
         config = _settings(card, preset_name, config_file, assignments)
@@ -87,11 +91,13 @@ def qat(name, out, weights, weight_bits, act_bits, weight_regime, static, learne
         if images_file is not None and images is None:
             raise ValueError(f"{str(images_file)!r} holds no tensor 'images'")
         test_set = None if data is None else zoo.data.load_images(data, card.dataset)
-        act_quant = granq_plugin.GranQActPerChannel
-        if static:
-            act_quant = granq_plugin.GranQActPerChannelStatic.let(learned_scale=learned_scale)
-        student = granq_plugin.quantize(teacher, weight_bits, act_bits, act_quant=act_quant,
-                                        weight_quant=getattr(granq_plugin, WEIGHT_REGIMES[weight_regime]))
+        calibrated = {}  # a folded network is rebuilt from what it was folded from
+
+        def calibrate(prepared):
+            prepared = calibrator(images.float().split(250)[:8])(prepared)
+            calibrated.update({k: v.clone() for k, v in prepared.state_dict().items() if isinstance(v, torch.Tensor)})
+            return prepared
+        student = described.build(teacher, calibrate)
         writer = _tensorboard(out) if tensorboard and parallel.rank() == 0 else None
 
     def top1(network) -> float:
@@ -120,16 +126,16 @@ def qat(name, out, weights, weight_bits, act_bits, weight_regime, static, learne
             on_epoch=on_epoch)
     if parallel.rank() > 0:
         return
-    summary = dict(
-        network=name, dataset=card.dataset, weight_bit_width=weight_bits, act_bit_width=act_bits, weight_regime=weight_regime,
-        activations="static" if static else "dynamic", learned_scale=learned_scale,
-        teacher_weights_sha256=zoo.weights.sha256(weights),
+    summary = asdict(described) | dict(
+        dataset=card.dataset, teacher_weights_sha256=zoo.weights.sha256(weights),
         images_sha256=None if images_file is None else zoo.weights.sha256(images_file))
     if test_set:
         summary |= dict(test_images=len(test_set), float_top1=top1(teacher), top1=result.metrics[-1]["accuracy"])
     with input_errors():
+        if calibrated:
+            save_tensors(out / "calibrated.safetensors", calibrated)
         save_outcome(out, result, summary, card.preprocessing.mean, card.preprocessing.std)
-    click.echo(f"{name}, W{weight_bits}A{act_bits}, {weight_regime} weights, {summary['activations']} activations, zero-shot QAT: "
+    click.echo(f"{name}, W{weight_bits}A{act_bits}, {regime} weights, {activations} activations, zero-shot QAT: "
                f"agreement with the teacher on its images {result.metrics[-1]['agreement']:.1%}")
     if test_set:
         click.echo(f"  float     top-1 {summary['float_top1']:6.2f} % ({len(test_set)} test images)\n"

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from granq_plugin.atomic import atomic_path
 from granq_plugin.core.proxy import GranQDynamicActProxy, GranQStaticActProxy
 from granq_plugin.deploy.finn import check_finn
-from granq_plugin.export.files import atomic_path, metadata_of, set_metadata
+from granq_plugin.export.files import metadata_of, set_metadata
 from granq_plugin.export.onnx_export import to_onnx
 
 __all__ = ["export_finn"]

@@ -167,7 +167,8 @@ def _activation_bits(graph, proto, nodes, metadata: dict[str, str]) -> list[int]
             if producer is None or producer.op_type not in _PASS_ON:
                 break
             tensor = producer.input[0]
-        result.append(known[tensor] if tensor in known else _quant_bits(graph, tensor))
+        bits = _quant_bits(graph, tensor)  # first what the node says: clean-up may have reordered the quantizers
+        result.append(known.get(tensor, FLOAT_BITS) if bits == FLOAT_BITS else bits)
     return result
 
 

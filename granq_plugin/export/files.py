@@ -1,42 +1,14 @@
-"""ONNX files: written whole or not at all, with what is known of the network in them."""
+"""ONNX files with what is known of the network in them."""
 
-import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["atomic_path", "read_metadata", "read_onnx", "set_metadata"]
+__all__ = ["read_metadata", "read_onnx", "set_metadata"]
 
 PREFIX = "granq."
 DIGEST = "sha256"
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, which takes its name when the block ends, and is removed when the block fails.
-
-    The temporary file is created at once, so that a path that cannot be written fails before any work is done.
-
-    Raises:
-        OSError: naming ``path``, if it is a folder, its folder does not exist, or it cannot be written.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"output path {str(path)!r} is a folder")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"output path {str(path)!r}: its folder does not exist")
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
-    try:
-        part.touch()
-    except OSError as e:
-        raise type(e)(f"output path {str(path)!r} cannot be written: {e.strerror}") from e
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def set_metadata(model, entries: Mapping) -> None:

@@ -58,6 +58,11 @@ class IntegerCheck:
     tie_distance: float
     output_error: float
 
+    @property
+    def equal_but_for_ties(self) -> bool:
+        """True if no integer differs, or by one alone where torch's value lies within 0.001 steps of a rounding tie."""
+        return self.unequal == 0 or (self.largest_step == 1 and self.tie_distance <= 1e-3)
+
 
 class record_quantizers:
     """While it lasts, collect a :class:`QuantizerRecord` of every activation quantizer's call, in order, in ``records``."""

@@ -11,8 +11,9 @@ from brevitas.proxy.quant_proxy import QuantProxyFromInjector
 from brevitas.quant_tensor import QuantTensor
 from torch import Tensor, nn
 
+from granq_plugin.atomic import atomic_path
 from granq_plugin.export.describe import describe
-from granq_plugin.export.files import atomic_path, set_metadata
+from granq_plugin.export.files import set_metadata
 
 __all__ = ["export_qcdq", "export_qonnx", "to_onnx"]
 

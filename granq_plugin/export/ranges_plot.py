@@ -6,7 +6,7 @@ import torch
 from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase, DynamicActQuantProxyFromInjector
 from torch import Tensor, nn
 
-from granq_plugin.export.files import atomic_path
+from granq_plugin.atomic import atomic_path
 
 __all__ = ["activation_scales", "plot_ranges"]
 

@@ -61,6 +61,14 @@ class Verification:
     rtol: float
     agreements: tuple[Agreement, ...]
 
+    @property
+    def agrees(self) -> bool:
+        """True if the file computes what torch does: no integer differs but by one on a rounding tie, and the outputs that follow
+        are within ``rtol``; without integers (hls4ml, top-k), if every image's largest output is the same."""
+        return all(
+            a.top1 == a.images if a.integers is None else a.integers.equal_but_for_ties and a.integers.output_error <= self.rtol
+            for a in self.agreements)
+
     def __str__(self) -> str:
         lines = [self.path]
         for a in self.agreements:

@@ -12,7 +12,7 @@ from granq_plugin.atomic import atomic_path, write_text
 from granq_plugin.zero_shot.plots import plot_curves, plot_images
 from granq_plugin.zero_shot.recipe import ZeroShotResult
 
-__all__ = ["save_outcome"]
+__all__ = ["save_outcome", "save_tensors"]
 
 
 def save_outcome(
@@ -27,9 +27,9 @@ def save_outcome(
         OSError: if a file cannot be written.
     """
     run_dir = Path(run_dir)
-    sha256 = _save_tensors(run_dir / "student.safetensors", result.student.state_dict())
+    sha256 = save_tensors(run_dir / "student.safetensors", result.student.state_dict())
     if len(result.images):
-        _save_tensors(run_dir / "images.safetensors", dict(images=result.images))
+        save_tensors(run_dir / "images.safetensors", dict(images=result.images))
     samples = _samples(result)
     if len(samples):
         plot_images(samples, run_dir / "images.png", mean, std)
@@ -38,9 +38,10 @@ def save_outcome(
     write_text(run_dir / "run.json", json.dumps(entries, indent=2) + "\n")
 
 
-def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write tensors as safetensors, whole or not at all; returns the file's SHA-256. What is not a tensor is left out."""
     from safetensors.torch import save
-    data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items() if isinstance(t, Tensor)})
+    data = save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items() if isinstance(t, Tensor)})
     with atomic_path(path) as part:
         part.write_bytes(data)
     return hashlib.sha256(data).hexdigest()

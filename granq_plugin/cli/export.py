@@ -1,0 +1,95 @@
+"""``granq export``, ``granq verify`` and ``granq report``: files for other tools, from a run of ``granq qat``."""
+
+from pathlib import Path
+
+import click
+
+from granq_plugin.cli.options import input_errors
+
+__all__ = ["export", "report", "verify"]
+
+FORMATS = ("qonnx", "qcdq", "finn")
+
+
+@click.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--format", "file_format", type=click.Choice(FORMATS), required=True,
+              help="qonnx: Quant nodes. qcdq: standard operators, for onnxruntime. finn: QONNX of a folded network, checked.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", required=True, help="The ONNX file.")
+@click.option("--top-k", type=click.IntRange(min=1), help="finn: end in the indices of the k largest outputs.")
+@click.option("--dynamo", is_flag=True, help="qonnx, qcdq: torch's dynamo exporter instead of the older one.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="PNG",
+              help="Of a folded network: also draw every channel's activation scale before and after folding.")
+def export(run_dir, file_format, out, top_k, dynamo, plot) -> None:
+    """Write the network of RUN_DIR (of granq qat) as an ONNX file that other tools read and compute alike.
+
+    \b
+    Example:
+      granq export runs/w4a4 --format qcdq --out w4a4.onnx
+    """
+    if top_k and file_format != "finn":
+        raise click.UsageError("--top-k needs --format finn")
+    if dynamo and file_format == "finn":
+        raise click.UsageError("--dynamo: FINN maps only what the older exporter writes")
+    with input_errors():
+        from granq_plugin.deploy import export_finn
+        from granq_plugin.export import export_qcdq, export_qonnx, plot_ranges
+        from zoo.students import calibrated_network, load_run
+        student, network, run = load_run(run_dir)
+        known = ("network", "teacher_weights_sha256", "float_top1", "top1", "test_images")
+        metadata = {key: run[key] for key in known if key in run}
+        example = student.example_input()
+        if file_format == "finn":
+            export_finn(network, example, out, top_k=top_k, metadata=metadata)
+        else:
+            (export_qonnx if file_format == "qonnx" else export_qcdq)(network, example, out, metadata=metadata, dynamo=dynamo)
+        if plot:
+            plot_ranges(calibrated_network(run_dir), network, plot)
+    click.echo(f"{out}: {student.network}, W{student.weight_bit_width}A{student.act_bit_width}, {student.activations} activations, "
+               f"{file_format}")
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--model", "run_dir", type=click.Path(path_type=Path), metavar="RUN_DIR", required=True,
+              help="The run of granq qat that FILE was exported from.")
+@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", envvar="GRANQ_DATA", show_envvar=True, required=True,
+              help="Folder with the test images.")
+@click.option("--count", type=click.IntRange(min=1), default=1000, show_default=True,
+              help="How many of them, drawn with a fixed seed.")
+@click.option("--executor", "executors", type=click.Choice(["onnxruntime", "qonnx", "hls4ml"]), multiple=True,
+              default=("onnxruntime", "qonnx"), show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=50, show_default=True)
+def verify(file, run_dir, data, count, executors, batch_size) -> None:
+    """Run an exported FILE and the torch network on the same images; exit code 1 unless they agree.
+
+    They agree if every activation's integers are equal, but for values on a rounding tie, and the outputs within 1e-5.
+
+    \b
+    Example:
+      granq verify w4a4.onnx --model runs/w4a4 --data DIR
+    """
+    import torch
+    from tqdm import tqdm
+    with input_errors():
+        import zoo.data
+        from granq_plugin.export import verify as verify_file
+        from zoo.evaluate import input_batches
+        from zoo.students import load_run
+        student, network, _ = load_run(run_dir)
+        chosen = zoo.data.load_images(data, student.card.dataset).subset(count)
+        images = torch.cat(list(input_batches(chosen.images, student.card.preprocessing, 1000)))
+        with tqdm(total=len(images) * len(executors), unit="img") as bar:
+            result = verify_file(file, network, images, labels=chosen.labels, executors=executors, batch_size=batch_size,
+                                 progress=bar.update)
+    click.echo(str(result))
+    return 0 if result.agrees else 1
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+def report(file) -> None:
+    """Print operations, bit operations and memory of an exported FILE, per layer and in total, beside 8-bit and float."""
+    with input_errors():
+        from granq_plugin.export import report as report_of
+        click.echo(str(report_of(file)))
