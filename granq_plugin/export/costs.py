@@ -150,7 +150,7 @@ def _is_constant(graph, tensor: str) -> bool:
 
 def _weight_bits(graph, nodes, metadata: dict[str, str]) -> tuple[list[str], list[int]]:
     named = json.loads(metadata.get("weight_bit_widths", "[]"))
-    if len(named) == len(nodes):
+    if len(named) == len(nodes) and metadata.get("format") != "finn":  # clean-up for FINN reorders the layers
         return [name for name, _ in named], [bits for _, bits in named]
     return [n.name for n in nodes], [_quant_bits(graph, n.input[1]) for n in nodes]
 

@@ -1,0 +1,82 @@
+"""How accurate is zero-shot QAT? Collects finished runs of ``granq qat --data`` into one table, with their logs.
+
+    python -m benchmarks.zero_shot RUN_DIR...
+
+Writes ``benchmarks/results/zero_shot.csv``, a log per run in ``benchmarks/results/zero_shot/``, and the table in the README.
+Every number is of the last epoch, on the whole test set.
+"""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import click
+
+from benchmarks.readme import replace_table
+
+RESULTS = Path(__file__).parent / "results"
+LOGS = RESULTS / "zero_shot"
+MARKER = "zero_shot: written by python -m benchmarks.zero_shot"
+FIELDS = ("network", "weights", "activations", "bits", "float_top1", "top1", "retention", "test_images", "iterations", "batch_size",
+          "images", "teacher_weights_sha256", "log")
+
+
+def row_of(run_dir: Path) -> dict:
+    """One line of the table. Raises a ValueError for a run that was not evaluated."""
+    run = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+    if "top1" not in run:
+        raise ValueError(f"run {str(run_dir)!r} was not evaluated: give granq qat --data")
+    from granq_plugin.zero_shot import ZeroShotConfig
+    config = ZeroShotConfig.from_file(run_dir / "config.toml")
+    weights, acts = run["weight_bit_width"], run["act_bit_width"]
+    return dict(
+        network=run["network"], weights=run["weight_regime"], activations=run["activations"], bits=f"W{weights}A{acts}",
+        float_top1=f"{run['float_top1']:.2f}", top1=f"{run['top1']:.2f}", retention=f"{run['top1'] / run['float_top1']:.4f}",
+        test_images=run["test_images"], iterations=config.total_iterations, batch_size=config.batch_size,
+        images="another run's" if run["images_sha256"] else "its generator's",
+        teacher_weights_sha256=run["teacher_weights_sha256"], log=f"{run_dir.name}.csv")
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: a block per network, its teacher named above it."""
+    lines = []
+    for network in dict.fromkeys(r["network"] for r in rows):
+        of_network = [r for r in rows if r["network"] == network]
+        first = of_network[0]
+        lines += [
+            f"{network}, {first['test_images']} test images. Full precision: {first['float_top1']} % (weights SHA-256 "
+            f"`{first['teacher_weights_sha256'][:12]}`…).", "",
+            "| weights | activations | bits | top-1 % | retention | iterations x batch | images |", "|---|---|---|---|---|---|---|"]
+        lines += [f"| {r['weights']} | {r['activations']} | {r['bits']} | {r['top1']} | {float(r['retention']):.3f} | "
+                  f"{r['iterations']} x {r['batch_size']} | [{r['images']}](benchmarks/results/zero_shot/{r['log']}) |"
+                  for r in of_network]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def read_rows(path: Path = RESULTS / "zero_shot.csv") -> list[dict]:
+    with open(path, newline="", encoding="utf-8") as f:
+        return list(csv.DictReader(f))
+
+
+@click.command(help=__doc__)
+@click.argument("run_dirs", type=click.Path(path_type=Path, exists=True, file_okay=False), nargs=-1, required=True)
+def main(run_dirs: tuple[Path, ...]) -> None:
+    rows = [row_of(run_dir) for run_dir in run_dirs]
+    rows.sort(key=lambda r: (r["network"], r["weights"] == "per-kernel", r["weights"], r["activations"], r["bits"]))
+    LOGS.mkdir(parents=True, exist_ok=True)
+    for run_dir in run_dirs:
+        shutil.copyfile(run_dir / "metrics.csv", LOGS / f"{run_dir.name}.csv")
+    part = RESULTS / "zero_shot.csv.part"
+    with open(part, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(RESULTS / "zero_shot.csv")
+    replace_table(MARKER, table(read_rows()))
+    click.echo(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Students are described, built, trained and found again."""
+
+import json
+
+import pytest
+import torch
+
+from granq_plugin.cli import run as granq
+from zoo.registry import get_card
+from zoo.students import ACTIVATIONS, Student, calibrated_network, calibrator, load_run
+
+NAME = "resnet20_cifar10"
+SHORT = [f"--set={s}" for s in (
+    "epochs=2", "iterations=1", "warmup_epochs=1", "batch_size=4", "memory_size=8", "replay_steps=0", "student_lr=1e-3")]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One finished run of each kind of activations, on random weights; the folded one on the images of the first."""
+    folder = tmp_path_factory.mktemp("runs")
+    torch.manual_seed(0)
+    torch.save(get_card(NAME).build().state_dict(), folder / "w.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("GRANQ_DATA", raising=False)  # or each run is evaluated on 10,000 images
+        for kind in ACTIVATIONS:
+            more = ["--images", str(folder / "dynamic" / "images.safetensors")] if kind == "folded" else []
+            assert granq(["qat", NAME, "--weights", str(folder / "w.pt"), "--weight-bits", "3", "--act-bits", "4", "--activations",
+                          kind, "--out", str(folder / kind), *SHORT, *more]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_a_run_is_found_again(runs, kind):
+    student, network, run = load_run(runs / kind)
+    assert student == Student(NAME, 3, 4, "per-output-channel-symmetric" if kind == "folded" else "per-output-channel", kind)
+    assert len(run["teacher_weights_sha256"]) == 64 and (run["images_sha256"] is None) == (kind != "folded")
+    x = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        y = network(x)
+        assert torch.isfinite(y).all() and torch.equal(y, load_run(runs / kind)[1](x))
+    checkpoint = torch.load(runs / kind / "checkpoint.pt", weights_only=True)
+    names = [n for n in checkpoint["student"] if n.endswith("linear.weight") or n.endswith("conv1.weight")]
+    assert names or kind == "folded"
+    for name in names:
+        assert torch.equal(dict(network.state_dict())[name], checkpoint["student"][name]), name
+
+
+def test_a_damaged_student_is_refused(runs, tmp_path):
+    for name in ("run.json", "student.safetensors"):
+        (tmp_path / name).write_bytes((runs / "static" / name).read_bytes())
+    load_run(tmp_path)
+    data = bytearray((tmp_path / "student.safetensors").read_bytes())
+    data[-5] ^= 1
+    (tmp_path / "student.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="does not have the SHA-256"):
+        load_run(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="not what granq qat writes"):
+        load_run(tmp_path)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no finished run"):
+        load_run(tmp_path)
+
+
+def test_only_folded_runs_have_a_network_before_folding(runs):
+    assert calibrated_network(runs / "folded") is not None
+    with pytest.raises(ValueError, match="nothing was folded"):
+        calibrated_network(runs / "static")
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(weight_regime="per-tensor"), "weight_regime must be one of per-output-channel, "),
+    (dict(activations="fixed"), "activations must be one of dynamic, static, folded, got 'fixed'"),
+    (dict(learned_scale=True), "learned_scale needs static activations, got dynamic"),
+    (dict(activations="folded"), "folded activations need per-output-channel-symmetric weights"),
+])
+def test_students_that_make_no_sense(settings, message):
+    with pytest.raises(ValueError) as error:
+        Student(NAME, 3, 3, **settings)
+    assert message in str(error.value)
+
+
+def test_folded_students_need_ranges():
+    student = Student(NAME, 4, 4, "per-output-channel-symmetric", "folded")
+    teacher = get_card(NAME).build()
+    with pytest.raises(ValueError, match="need ranges first"):
+        student.build(teacher)
+    network = student.build(teacher, calibrator([torch.randn(2, 3, 32, 32)]))
+    assert torch.isfinite(network.eval()(torch.randn(1, 3, 32, 32))).all()
+
+
+def test_export_verify_and_report(runs, tmp_path, capsys, data_dir):
+    """The commands, on the folded run: exported in every format, equal to torch, counted."""
+    for file_format in ("qonnx", "qcdq", "finn"):
+        file = tmp_path / f"{file_format}.onnx"
+        assert granq(["export", str(runs / "folded"), "--format", file_format, "--out", str(file)]) == 0
+        assert granq(["verify", str(file), "--model", str(runs / "folded"), "--data", str(data_dir), "--count", "4",
+                      "--executor", "onnxruntime"]) == 0
+    capsys.readouterr()
+    assert granq(["report", str(tmp_path / "qcdq.onnx")]) == 0
+    out = capsys.readouterr().out
+    assert "40,813,184" in out and "at float32" in out
+    assert granq(["export", str(runs / "folded"), "--format", "qcdq", "--out", str(tmp_path / "p.onnx"),
+                  "--plot", str(tmp_path / "p.png")]) == 0
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["export", "{dynamic}", "--format", "finn", "--out", "{tmp}/x.onnx"], "dynamic"),
+    (["export", "{static}", "--format", "finn", "--out", "{tmp}/x.onnx"], "fold"),
+    (["export", "{tmp}", "--format", "qcdq", "--out", "{tmp}/x.onnx"], "holds no finished run"),
+    (["export", "{static}", "--format", "qcdq", "--out", "{tmp}/no/x.onnx"], "its folder does not exist"),
+    (["export", "{static}", "--format", "qcdq", "--top-k", "1", "--out", "{tmp}/x.onnx"], "--top-k needs --format finn"),
+    (["export", "{folded}", "--format", "finn", "--dynamo", "--out", "{tmp}/x.onnx"], "older exporter"),
+    (["report", "{tmp}/none.onnx"], "does not exist"),
+])
+def test_exports_that_cannot_be(runs, tmp_path, capsys, arguments, message):
+    places = {kind: runs / kind for kind in ACTIVATIONS} | dict(tmp=tmp_path)
+    assert granq([a.format(**places) for a in arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_lacks_its_images(runs, capsys):
+    assert granq(["qat", NAME, "--weights", str(runs / "w.pt"), "--activations", "folded", "--out", str(runs / "x")]) == 2
+    assert "--activations folded needs --images FILE" in capsys.readouterr().err and not (runs / "x").exists()
+
+
+def test_run_json_is_plain(runs):
+    run = json.loads((runs / "dynamic" / "run.json").read_text())
+    assert {"network", "weight_bit_width", "act_bit_width", "weight_regime", "activations", "teacher_state_sha256"} <= set(run)
