@@ -1,10 +1,12 @@
 """The committed tables are what the commands write, and the commands measure what their labels say."""
 
+import csv
+
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import accuracy, readme, recipe
+from benchmarks import accuracy, readme, recipe, zero_shot
 from granq_plugin.core.proxy import GranQDynamicActProxy, GranQStaticActProxy
 
 
@@ -53,3 +55,13 @@ def test_plot_is_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib (bench extra) is not installed")
     accuracy.plot(accuracy.read_rows(), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_zero_shot_table_is_the_committed_csv_s():
+    rows = zero_shot.read_rows()
+    assert readme.current_table(zero_shot.MARKER) == zero_shot.table(rows)
+    for row in rows:
+        assert f"{float(row['top1']) / float(row['float_top1']):.3f}" == f"{float(row['retention']):.3f}"
+        with open(zero_shot.LOGS / row["log"], newline="") as f:
+            last = list(csv.DictReader(f))[-1]
+        assert int(last["iterations"]) == int(row["iterations"]) and f"{float(last['accuracy']):.2f}" == row["top1"]
