@@ -56,7 +56,8 @@ def prepare(
         inplace: change the modules of ``model`` itself; otherwise a deep copy's.
 
     Returns:
-        A GraphModule; the new quantizers are modules ``input_quant``, ``residual_quant``, ``layer_input_quant``, ``pool_quant``.
+        A GraphModule; the new quantizers are its modules ``input_quant_0``, ``residual_quant_0``, ``residual_quant_1``...,
+        ``layer_input_quant_0``..., ``pool_quant_0``. It runs in evaluation mode once it is calibrated.
 
     Raises:
         TypeError, ValueError: see :func:`granq_plugin.quantize`; if the model cannot be traced.

@@ -160,8 +160,8 @@ class _Assignment:
             return self._reduced(node, unit)
         values = dict(zip(self._inputs(node), inputs))  # rearrangements and concatenation act on units as on values
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values.get(n, self.traced.values.get(n)))
-        if node.op == "call_method":
-            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        if node.op == "call_method":  # units are expanded, which view() would refuse
+            return getattr(args[0], "reshape" if node.target == "view" else node.target)(*args[1:], **kwargs)
         return (self.traced.called(node) or node.target)(*args, **kwargs)
 
     def _padded(self, node: fx.Node, per_channel: Tensor) -> Tensor:

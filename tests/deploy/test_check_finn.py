@@ -145,6 +145,22 @@ def test_branches_of_an_addition():
     assert "4 bits signed and 4 bits unsigned" in messages["sign"][0] and "adds a float (x)" in messages["floats"][0]
 
 
+def test_a_concatenation_is_integer_where_all_its_operands_are():
+    class Cat(nn.Module):
+        def __init__(self, other):
+            super().__init__()
+            self.image = qnn.QuantIdentity(
+                act_quant=Int8ActPerTensorFixedPoint, scaling_impl_type="const", scaling_init=128.0)
+            self.other, self.conv = other, qnn.QuantConv2d(6, 2, 1, weight_quant=GranQWeightPerChannelSymmetric, weight_bit_width=4)
+
+        def forward(self, x):
+            x = self.image(x)
+            return self.conv(torch.cat([x, self.other(x)], 1))
+
+    assert check_finn(Cat(const(qnn.QuantReLU))).passed
+    assert broken(Cat(nn.BatchNorm2d(3))) == {"integer-inputs": ["conv"]}
+
+
 def test_unmapped_operations_are_named():
     class Net(nn.Module):
         def __init__(self):

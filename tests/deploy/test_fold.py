@@ -20,6 +20,7 @@ from granq_plugin import (
 )
 from granq_plugin.deploy import bake, fold
 from networks import FOLDABLE, Block, images64, quant_relus, randomized, residual
+from zoo.models.cifar_resnet import CifarResNet
 
 every_net = pytest.mark.parametrize("name", FOLDABLE)
 SEEDS = st.integers(0, 2**31 - 1)
@@ -225,6 +226,22 @@ def test_float32_and_the_trained_scale():
     assert folded(x).dtype == torch.float32
     same = (outputs(static, x) - outputs(folded, x)).abs().amax(1) <= 1e-4
     assert same.float().mean() >= 0.5  # a value at a rounding boundary may fall on the other side
+
+
+def test_padding_shortcuts_keep_the_function():
+    """Padded channels hold zeros, whatever their unit."""
+    static = to_static(quantize(randomized(CifarResNet(8, shortcut="A"), 0), None, 4), [images64(1, 16)])
+    folded = fold(static, images64(0, 1))
+    assert_same_function(static, folded, images64(2))
+    assert all(torch.isfinite(t).all() for t in folded.state_dict().values())
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_1", "shufflenet_v2_x0_5", "mnasnet0_5"])
+def test_torchvision_networks(name):
+    models = pytest.importorskip("torchvision.models", reason="torchvision (zoo extra) is not installed")
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    static = to_static(quantize(randomized(models.get_model(name, weights=None), 0), None, 4), [x])
+    assert_same_function(static, fold(static, x[:1]), x)
 
 
 # --- trainable
