@@ -86,12 +86,12 @@ def untrained(build, images) -> nn.Module:
 
 
 def quantized_as(kind: str, model: nn.Module, bits: int, calibration: list) -> nn.Module:
-    """``model`` with dynamic, static or folded quantizers of ``bits`` bits."""
+    """``model`` with dynamic, static or folded quantizers of ``bits`` bits; folded: cleared of rounding ties."""
     import granq_plugin as gq
-    from granq_plugin.deploy import fold, prepare
+    from granq_plugin.deploy import clear_ties, fold, prepare
     example = calibration[0][:1]
     if kind == "folded":
-        return fold(gq.to_static(prepare(model, example, bits, bits), calibration), example)
+        return clear_ties(fold(gq.to_static(prepare(model, example, bits, bits), calibration), example), example)[0]
     network = gq.quantize(model, bits, bits, input_bit_width=8)
     return network if kind == "dynamic" else gq.to_static(network, calibration)
 
@@ -133,6 +133,14 @@ def ladder(model: nn.Module, calibration: list, test_set, preprocessing) -> list
     return rows
 
 
+def read_rows(path: Path, networks, kinds) -> list[dict]:
+    """Rows of an earlier run that this one does not replace."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as f:
+        return [r for r in csv.DictReader(f) if not (r["network"] in networks and r["kind"] in kinds)]
+
+
 def write(path: Path, fields: tuple, rows: list[dict]) -> None:
     RESULTS.mkdir(exist_ok=True)
     part = path.with_suffix(".part")
@@ -150,8 +158,9 @@ def write(path: Path, fields: tuple, rows: list[dict]) -> None:
 @click.option("--images", "count", default=1000, show_default=True, help="Test images to verify on.")
 @click.option("--batch-size", default=100, show_default=True)
 @click.option("--networks", default="resnet20,depthwise,concat,mlp", show_default=True)
+@click.option("--kinds", default=",".join(KINDS), show_default=True)
 @click.option("--ladder", "with_ladder", is_flag=True, help="Also the accuracy ladder on the full test set.")
-def main(data, weights, calibration_data, count, batch_size, networks, with_ladder) -> None:
+def main(data, weights, calibration_data, count, batch_size, networks, kinds, with_ladder) -> None:
     from tqdm import tqdm
 
     import zoo
@@ -169,10 +178,11 @@ def main(data, weights, calibration_data, count, batch_size, networks, with_ladd
     models = {n: resnet20 if n == "resnet20" else untrained(builders[n], calibration[0]) for n in networks.split(",") if n}
     chosen = test_set.subset(count)
     images = torch.cat(list(input_batches(chosen.images, card.preprocessing, 1000)))
-    rows = []
-    with tqdm(total=len(models) * len(KINDS) * len(BIT_WIDTHS) * 3 * len(images), unit="img") as bar:
+    kinds = [k for k in kinds.split(",") if k]
+    rows = read_rows(RESULTS / "export.csv", models, kinds)
+    with tqdm(total=len(models) * len(kinds) * len(BIT_WIDTHS) * 3 * len(images), unit="img") as bar:
         for name, model in models.items():
-            for kind in KINDS:
+            for kind in kinds:
                 for bits in BIT_WIDTHS:
                     network = quantized_as(kind, model, bits, calibration)
                     rows += rows_of(name, kind, bits, network, images, chosen.labels, batch_size, bar.update)

@@ -4,5 +4,16 @@ from granq_plugin.deploy.finn import FinnReport, RuleResult, check_finn
 from granq_plugin.deploy.finn_export import export_finn
 from granq_plugin.deploy.folding import bake, fold
 from granq_plugin.deploy.placement import prepare
+from granq_plugin.deploy.ties import ClearedLayer, clear_ties
 
-__all__ = ["FinnReport", "RuleResult", "bake", "check_finn", "export_finn", "fold", "prepare"]
+__all__ = [
+    "ClearedLayer",
+    "FinnReport",
+    "RuleResult",
+    "bake",
+    "check_finn",
+    "clear_ties",
+    "export_finn",
+    "fold",
+    "prepare",
+]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-__all__ = ["EXECUTORS", "fixed_batch", "lower_quant", "open_executor", "with_input_shapes"]
+__all__ = ["EXECUTORS", "fixed_batch", "lower_quant", "open_executor", "split_for_hls4ml", "with_input_shapes"]
 
 EXECUTORS = ("onnxruntime", "qonnx", "hls4ml")
 
@@ -81,20 +81,55 @@ def with_input_shapes(model, shapes: dict):
     return shaped
 
 
+_HLS4ML_LIMITS = ("GlobalAveragePool", "ReduceMean", "Flatten", "Reshape", "Gemm", "MatMul")
+
+
+def split_for_hls4ml(model):
+    """Cut a network where hls4ml 1.3 stops: it gets global pooling wrong, and refuses a flattening and the linear layer behind it.
+
+    Returns:
+        ``(body, head)``, two ``onnx.ModelProto``; head is None for a network that has none of these.
+
+    Raises:
+        ValueError: if nothing is left for hls4ml.
+    """
+    import onnx
+    from onnx import TensorProto, helper
+    cut = next((n for n in model.graph.node if n.op_type in _HLS4ML_LIMITS), None)
+    if cut is None:
+        return model, None
+    if cut.input[0] == model.graph.input[0].name or not any(n.op_type == "Conv" for n in model.graph.node):
+        raise ValueError(f"hls4ml does not take this model: no convolution stands before its {cut.op_type}")
+    named = onnx.ModelProto()
+    named.CopyFrom(model)
+    del named.graph.value_info[:], named.graph.quantization_annotation[:]
+    named.graph.value_info.append(helper.make_tensor_value_info(cut.input[0], TensorProto.FLOAT, None))
+    extractor = onnx.utils.Extractor(named)
+    names = [[model.graph.input[0].name], [cut.input[0]], [model.graph.output[0].name]]
+    return extractor.extract_model(names[0], names[1]), extractor.extract_model(names[1], names[2])
+
+
 def _hls4ml(model):
-    """Compile the firmware that hls4ml writes for a folded network with g++, and run it on the CPU. Channels last inside."""
+    """Compile the firmware that hls4ml writes for a folded network with g++, and run it on the CPU. Channels last inside.
+
+    What :func:`split_for_hls4ml` cuts off is run in onnxruntime.
+    """
     import hls4ml
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.transformation.channels_last import ConvertToChannelsLastAndClean
-    from qonnx.transformation.gemm_to_matmul import GemmToMatMul
+    from qonnx.transformation.infer_shapes import InferShapes
     from qonnx.util.cleanup import cleanup_model
-    names = [model.graph.input[0].name, model.graph.output[0].name]
-    wrapper = cleanup_model(ModelWrapper(model, make_deepcopy=True))
-    wrapper = wrapper.transform(ConvertToChannelsLastAndClean(make_input_channels_last=True))
-    wrapper = cleanup_model(wrapper.transform(GemmToMatMul()))
+    body, head = split_for_hls4ml(model)
+    rest = None if head is None else _onnxruntime(head)
+    input_name, output_name = model.graph.input[0].name, model.graph.output[0].name
+    shape = [d.dim_value or 1 for d in model.graph.input[0].type.tensor_type.shape.dim]
+    wrapper = cleanup_model(ModelWrapper(with_input_shapes(body, {input_name: [1, *shape[1:]]})).transform(InferShapes()))
+    channels, *space = wrapper.get_tensor_shape(wrapper.graph.output[0].name)[1:]
+    wrapper = cleanup_model(wrapper.transform(ConvertToChannelsLastAndClean(make_input_channels_last=True)))
     folder = tempfile.TemporaryDirectory(prefix="granq_hls4ml_")
     try:
-        config = hls4ml.utils.config_from_onnx_model(wrapper, granularity="name", default_precision="fixed<48,16>")
+        config = hls4ml.utils.config_from_onnx_model(
+            wrapper, granularity="name", backend="Vitis", default_precision="fixed<48,16>")
         firmware = hls4ml.converters.convert_from_onnx_model(
             wrapper, output_dir=folder.name, io_type="io_stream", backend="Vitis", hls_config=config)
         firmware.compile()
@@ -103,10 +138,12 @@ def _hls4ml(model):
         raise ValueError(f"hls4ml does not take this model: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}") from e
 
     def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        x = inputs[names[0]]
-        if x.ndim == 4:
-            x = x.transpose(0, 2, 3, 1)
-        return {names[1]: np.asarray(firmware.predict(np.ascontiguousarray(x))).reshape(len(x), -1)}
+        x = np.ascontiguousarray(inputs[input_name].transpose(0, 2, 3, 1))
+        y = np.asarray(firmware.predict(x)).reshape(len(x), channels, *space)
+        if rest is None:
+            return {output_name: y}
+        outputs = [rest({body.graph.output[0].name: sample[None]})[output_name] for sample in y]
+        return {output_name: np.concatenate(outputs)}
 
     run.folder = folder  # the library is loaded from it: it lives as long as the function
     return run

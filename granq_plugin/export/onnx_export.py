@@ -113,8 +113,6 @@ def to_onnx(model: nn.Module, example_input, file_format: str, dynamo: bool = Fa
             exporter = "dynamo" if dynamo else "older"
             reason = str(e.__cause__ or e).strip().split("\n")[0] or type(e).__name__
             raise ValueError(f"the model cannot be exported to {file_format} with torch's {exporter} exporter: {reason}") from e
-        finally:
-            _end_export(manager)
     set_metadata(proto, description | {"format": file_format})
     return proto
 
@@ -177,10 +175,3 @@ def _axis_options(inputs: tuple[Tensor, ...], outputs, dynamo: bool, dynamic_bat
     elif dynamic_batch:
         options["dynamic_axes"] = {name: {0: "batch"} for name in names[0] + names[1]}
     return options
-
-
-def _end_export(manager) -> None:
-    """Undo what Brevitas leaves behind when an export fails, and refuses to export again with."""
-    from brevitas import config
-    config._ONGOING_EXPORT = None
-    manager._fn_cache.clear()

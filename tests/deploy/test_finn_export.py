@@ -1,6 +1,7 @@
 """export_finn(): what FINN reads, or the reason why it is not."""
 
 import json
+import shutil
 
 import pytest
 from qonnx.core.modelwrapper import ModelWrapper
@@ -32,6 +33,20 @@ def test_datatypes_are_annotated_and_layers_read_integers(tmp_path):
     types = [graph.get_tensor_datatype(n.output[0]).name for n in graph.graph.node
              if n.op_type == "Quant" and graph.get_initializer(n.input[0]) is None]
     assert types[1:] == ["UINT4", "UINT4", "INT8"]  # two ReLUs, the pooled features
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="hls4ml's simulation is compiled with g++")
+@pytest.mark.filterwarnings("ignore")
+def test_hls4ml_simulation_agrees(tmp_path):
+    pytest.importorskip("hls4ml", reason="needs the extra hls")
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    x = images32(2, 20)
+    model = fold(to_static(prepare(randomized(net, 0).float(), x[:1]), [images32(1)]), x[:1])
+    path = export_finn(model, x, tmp_path / "m.onnx")
+    agreement, = verify(path, model, x, executors=("hls4ml", )).agreements
+    assert agreement.close == agreement.top1 == 20 and agreement.integers is None
 
 
 class Opposite(nn.Module):

@@ -120,11 +120,20 @@ class TestActivations:
         operators = [n.op_type for n in onnx.load(tmp_path / "model.onnx").graph.node if n.op_type != "Constant"]
         assert operators == ["QuantizeLinear"] + ["Clip"] * expected + ["DequantizeLinear"]
 
-    def test_ranges_collected_with_other_spatial_axes(self, tmp_path):
+    @pytest.mark.parametrize("file_format", ["qonnx", "qcdq"])
+    def test_one_quantizer_for_tensors_of_several_ranks(self, tmp_path, file_format):
+
+        class Twice(nn.Module):
+            def __init__(self, act):
+                super().__init__()
+                self.act = act
+
+            def forward(self, x):
+                return self.act(x).flatten(2) - self.act(x.flatten(2) / 2)
+
         x = torch.randn(2, 3, 4, 4)
-        act = static(x, bit_width=4)
-        rows = x.flatten(2)
-        oracles.assert_equal(torch.from_numpy(exported(act, rows, tmp_path, "qonnx")), act(rows).detach())
+        model = Twice(static(x, bit_width=4)).eval()
+        oracles.assert_equal(torch.from_numpy(exported(model, x, tmp_path, file_format)), model(x).detach())
 
 
 class WeightOnly(nn.Module):

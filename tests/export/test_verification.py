@@ -140,6 +140,12 @@ class TestDamage:
             with pytest.raises(ValueError, match="m.onnx"):
                 verify(path, model, x, executors=("onnxruntime", ))
 
+    def test_a_graph_that_hangs_in_the_air(self, exported):
+        path, model, x = exported
+        changed(path, lambda proto: proto.graph.node[-1].input.__setitem__(0, "nothing"))
+        with pytest.raises(ValueError, match="not a readable ONNX model.*nothing"):
+            verify(path, model, x)
+
     def test_not_onnx(self, tmp_path, exported):
         _, model, x = exported
         (tmp_path / "x.onnx").write_text("not a model")
