@@ -4,8 +4,8 @@
 
 ResNet-20 (trained), and a depthwise, a concatenating and a fully connected network (random weights, batch statistics of the
 calibration images): dynamic, static and folded, W4A4 and W3A3, as QONNX in qonnx's executor and onnxruntime and as QCDQ in
-onnxruntime. Writes ``benchmarks/results/export.csv``; with ``--ladder``, also ``export_ladder.csv``: the accuracy of ResNet-20 from
-float to the exported file on the full test set.
+onnxruntime. Writes ``benchmarks/results/export.csv`` and the README's table; with ``--ladder``, also ``export_ladder.csv``: the
+accuracy of ResNet-20 from float to the exported file on the full test set.
 """
 
 import csv
@@ -16,7 +16,10 @@ import click
 import torch
 from torch import nn
 
+from benchmarks.readme import replace_table
+
 RESULTS = Path(__file__).parent / "results"
+MARKER = "export: written by python -m benchmarks.export"
 KINDS = ("dynamic", "static", "folded")
 BIT_WIDTHS = (4, 3)
 FIELDS = ("network", "kind", "bits", "format", "executor", "images", "bit_equal", "close", "same_top1", "correct", "torch_correct",
@@ -133,8 +136,8 @@ def ladder(model: nn.Module, calibration: list, test_set, preprocessing) -> list
     return rows
 
 
-def read_rows(path: Path, networks, kinds) -> list[dict]:
-    """Rows of an earlier run that this one does not replace."""
+def read_rows(path: Path, networks=(), kinds=()) -> list[dict]:
+    """Rows of an earlier run, without those of ``networks`` in one of ``kinds``."""
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8") as f:
@@ -149,6 +152,23 @@ def write(path: Path, fields: tuple, rows: list[dict]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     part.replace(path)
+
+
+def table(rows: list[dict], ladder_rows: list[dict]) -> str:
+    """Markdown: a line per network, the worst of its formats and executors; then the ladder."""
+    lines = ["| network | activations | bits | images | within 1e-5 | same top-1 | unequal integers, all on a rounding tie |",
+             "|---|---|---|---|---|---|---|"]
+    for key in dict.fromkeys((r["network"], r["kind"], r["bits"]) for r in rows):
+        of_key = [r for r in rows if (r["network"], r["kind"], r["bits"]) == key]
+        close, top1 = (min(int(r[name]) for r in of_key) for name in ("close", "same_top1"))
+        unequal = max(int(r["unequal_integers"]) for r in of_key)
+        lines.append(f"| {key[0]} | {key[1]} | W{key[2]}A{key[2]} | {of_key[0]['images']} | {close} | {top1} | {unequal} of "
+                     f"{int(of_key[0]['integers']):,} |")
+    for bits in dict.fromkeys(r["bits"] for r in ladder_rows):
+        rungs = {r["rung"]: r for r in ladder_rows if r["bits"] == bits}
+        percent = "; ".join(f"{rung} {100 * int(r['correct']) / int(r['images']):.2f} %" for rung, r in rungs.items())
+        lines += ["", f"ResNet-20, W{bits}A{bits}, {rungs['float']['images']} test images, no training: {percent}."]
+    return "\n".join(lines)
 
 
 @click.command(help=__doc__)
@@ -189,6 +209,7 @@ def main(data, weights, calibration_data, count, batch_size, networks, kinds, wi
                     write(RESULTS / "export.csv", FIELDS, rows)
     if with_ladder:
         write(RESULTS / "export_ladder.csv", LADDER_FIELDS, ladder(resnet20, calibration, test_set, card.preprocessing))
+    replace_table(MARKER, table(*(read_rows(RESULTS / name) for name in ("export.csv", "export_ladder.csv"))))
 
 
 if __name__ == "__main__":

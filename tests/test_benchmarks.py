@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import accuracy, readme, recipe, zero_shot
+from benchmarks import accuracy, export, readme, recipe, zero_shot
 from granq_plugin.core.proxy import GranQDynamicActProxy, GranQStaticActProxy
 
 
@@ -65,3 +65,11 @@ def test_the_zero_shot_table_is_the_committed_csv_s():
         with open(zero_shot.LOGS / row["log"], newline="") as f:
             last = list(csv.DictReader(f))[-1]
         assert int(last["iterations"]) == int(row["iterations"]) and f"{float(last['accuracy']):.2f}" == row["top1"]
+
+
+def test_the_export_table_is_the_committed_csv_s():
+    rows, ladder = (export.read_rows(export.RESULTS / name) for name in ("export.csv", "export_ladder.csv"))
+    assert readme.current_table(export.MARKER) == export.table(rows, ladder)
+    for row in rows:
+        if row["kind"] == "folded":
+            assert int(row["unequal_integers"]) == 0 and row["close"] == row["images"] and row["correct"] == row["torch_correct"]
