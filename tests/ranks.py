@@ -31,7 +31,7 @@ def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD,
-        timeout=datetime.timedelta(seconds=60))
+        timeout=datetime.timedelta(seconds=300))  # a busy machine
     try:
         torch.save(everything(rank), f"{folder}/rank{rank}.pt")
     finally:
