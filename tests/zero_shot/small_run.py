@@ -19,7 +19,7 @@ if __name__ == "__main__":
     act_quant = gq.GranQActPerChannelStatic.let(learned_scale=True) if act == "static" else gq.GranQActPerChannel
     student = gq.quantize(teacher, 3, 3, act_quant=act_quant)
     config = preset(
-        "cifar10", image_size=8, batch_size=8, epochs=6, iterations=5, warmup_epochs=1, student_lr=1e-2, checkpoint_every=3,
+        "cifar10", image_size=8, batch_size=8, epochs=12, iterations=5, warmup_epochs=1, student_lr=1e-2, checkpoint_every=3,
         memory_size=1000, replay_steps=1)
 
     def on_iteration(done, log):
