@@ -156,14 +156,15 @@ def write(path: Path, fields: tuple, rows: list[dict]) -> None:
 
 def table(rows: list[dict], ladder_rows: list[dict]) -> str:
     """Markdown: a line per network, the worst of its formats and executors; then the ladder."""
-    lines = ["| network | activations | bits | images | within 1e-5 | same top-1 | unequal integers, all on a rounding tie |",
-             "|---|---|---|---|---|---|---|"]
+    lines = ["| network | activations | bits | images | within 1e-5 | same top-1 | unequal integers | farthest from a tie |",
+             "|---|---|---|---|---|---|---|---|"]
     for key in dict.fromkeys((r["network"], r["kind"], r["bits"]) for r in rows):
         of_key = [r for r in rows if (r["network"], r["kind"], r["bits"]) == key]
         close, top1 = (min(int(r[name]) for r in of_key) for name in ("close", "same_top1"))
         unequal = max(int(r["unequal_integers"]) for r in of_key)
+        distance = max(float(r["tie_distance"]) for r in of_key)
         lines.append(f"| {key[0]} | {key[1]} | W{key[2]}A{key[2]} | {of_key[0]['images']} | {close} | {top1} | {unequal} of "
-                     f"{int(of_key[0]['integers']):,} |")
+                     f"{int(of_key[0]['integers']):,} | {f'{distance:.1g} steps' if unequal else '-'} |")
     for bits in dict.fromkeys(r["bits"] for r in ladder_rows):
         rungs = {r["rung"]: r for r in ladder_rows if r["bits"] == bits}
         percent = "; ".join(f"{rung} {100 * int(r['correct']) / int(r['images']):.2f} %" for rung, r in rungs.items())

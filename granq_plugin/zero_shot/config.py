@@ -195,7 +195,7 @@ PRESETS: dict[str, ZeroShotConfig] = {
     "imagenet_resnet50": ZeroShotConfig(
         **_IMAGENET | dict(lr_milestones=(150, 300, 400)), student_lr=1e-4, warmup_epochs=50, lambda_lower=0.4),
 }
-"""The published settings at 3 bits, and ``fast`` ones for CIFAR that were tuned by teacher agreement, never on a test set."""
+"""The published settings at 3 bits, and ``fast`` ones for CIFAR; how those were chosen is told in the README."""
 
 
 def preset(name: str, **settings) -> ZeroShotConfig:
