@@ -141,7 +141,7 @@ def read_rows(path: Path, networks=(), kinds=()) -> list[dict]:
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8") as f:
-        return [r for r in csv.DictReader(f) if not (r["network"] in networks and r["kind"] in kinds)]
+        return [r for r in csv.DictReader(f) if not (networks and r["network"] in networks and r["kind"] in kinds)]
 
 
 def write(path: Path, fields: tuple, rows: list[dict]) -> None:
