@@ -67,7 +67,7 @@ def average_(tensors: Sequence[Tensor]) -> None:
     """Replace every tensor by its mean over the ranks, in one message per dtype."""
     if world_size() == 1:
         return
-    for dtype in {t.dtype for t in tensors}:
+    for dtype in dict.fromkeys(t.dtype for t in tensors):  # not a set: its order differs from rank to rank
         group = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.reshape(-1) for t in group])
         dist.all_reduce(flat)
