@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.data import ImageSet
-from zoo.registry import Preprocessing
+from zoo.card import Preprocessing
 
 __all__ = ["Accuracy", "evaluate", "input_batches"]
 
@@ -36,18 +36,13 @@ class Accuracy:
 
 def input_batches(
         images: Tensor, preprocessing: Preprocessing, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
-    """Normalized float32 batches ``[B, 3, H, W]`` of uint8 images ``[N, 3, H, W]``.
+    """Normalized float32 batches ``[B, C, S, S]`` of uint8 images ``[N, C, S, S]``.
 
     Raises:
         ValueError: for images of another size than the network's.
     """
-    if images.shape[2:] != (preprocessing.image_size, ) * 2:
-        raise ValueError(
-            f"images are {images.shape[2]}x{images.shape[3]}, the network takes "
-            f"{preprocessing.image_size}x{preprocessing.image_size}")
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
     for batch in images.split(batch_size):
-        yield (batch.to(device) / 255 - mean) / std
+        yield preprocessing(batch.to(device))
 
 
 @torch.no_grad()

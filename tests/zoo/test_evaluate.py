@@ -7,7 +7,7 @@ from torch import nn
 import zoo
 from zoo.data import ImageSet, load_images
 from zoo.evaluate import evaluate, input_batches
-from zoo.registry import Preprocessing
+from zoo.card import Preprocessing
 from zoo.weights import load_weights
 
 PREPROCESSING = Preprocessing(2, (0.1, 0.2, 0.3), (0.5, 0.4, 0.2))
