@@ -1,4 +1,4 @@
-"""Images in memory: CIFAR as ``.npz`` arrays or in torchvision's folders."""
+"""Images in memory: CIFAR as ``.npz`` arrays or in torchvision's folders, and scikit-learn's handwritten digits."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["ImageSet", "load_images", "read_npz"]
+__all__ = ["BUNDLED", "ImageSet", "load_digits", "load_images", "read_npz"]
+
+BUNDLED = ("digits", )
+"""Data sets that come with a package of the ``zoo`` extra: no folder is needed."""
 
 CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 _TORCHVISION = {"cifar10": ("CIFAR10", "cifar-10-batches-py"), "cifar100": ("CIFAR100", "cifar-100-python")}
@@ -18,7 +21,7 @@ class ImageSet:
     """Images and labels.
 
     Attributes:
-        images: uint8 ``[N, 3, H, W]``, RGB. labels: int64 ``[N]``. source: the file or folder they were read from.
+        images: uint8 ``[N, C, H, W]``, RGB or grey. labels: int64 ``[N]``. source: the file or folder they were read from.
     """
     images: Tensor
     labels: Tensor
@@ -59,17 +62,47 @@ def read_npz(path: str | Path) -> ImageSet:
     return _image_set(x, y, path)
 
 
-def load_images(data_dir: str | Path, dataset: str, split: str = "test") -> ImageSet:
-    """Load a CIFAR split from a folder.
+def load_digits(split: str = "test") -> ImageSet:
+    """scikit-learn's handwritten digits (UCI optdigits), uint8 ``[N, 1, 8, 8]``: the 16 grey levels spread over 0 to 255.
+
+    The test set is the last fifth of each class, 359 of 1,797 images, in the order of the file: about the last of its 13 writers,
+    whom training has not seen.
+
+    Raises:
+        ValueError: for another split than "train" and "test". ModuleNotFoundError: without scikit-learn (extra ``zoo``).
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be train or test, got {split!r}")
+    try:
+        import sklearn.datasets
+    except ModuleNotFoundError as e:
+        raise ModuleNotFoundError(f"the digits come with scikit-learn: pip install 'granq-plugin[zoo]' ({e})", name=e.name) from e
+    x, y = sklearn.datasets.load_digits(return_X_y=True)
+    of_class = np.zeros(len(y), np.int64)  # which of its class an image is
+    for digit in range(10):
+        of_class[y == digit] = np.arange((y == digit).sum())
+    count = np.bincount(y)[y]
+    chosen = (of_class >= count - np.round(count / 5)) == (split == "test")
+    images = np.round(x[chosen] * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
+    return ImageSet(torch.from_numpy(images), torch.from_numpy(y[chosen].astype(np.int64)), "scikit-learn")
+
+
+def load_images(data_dir: str | Path | None, dataset: str, split: str = "test") -> ImageSet:
+    """Load a CIFAR split from a folder, or a split of the digits, which need none.
 
     Looked for, in this order: ``DIR/<dataset>/<split>.npz``, ``DIR/<split>.npz`` (see :func:`read_npz`), and torchvision's
     ``cifar-10-batches-py`` or ``cifar-100-python`` in ``DIR`` or ``DIR/<dataset>`` (checked by torchvision's MD5 sums).
 
     Raises:
-        FileNotFoundError: listing what was looked for. ValueError: for an unknown data set, or labels out of range.
+        FileNotFoundError: listing what was looked for. ValueError: for an unknown data set, no folder where one is needed, or
+            labels out of range.
     """
+    if dataset == "digits":
+        return load_digits(split)
     if dataset not in CIFAR_CLASSES:
-        raise ValueError(f"unknown data set {dataset!r}; known: {', '.join(CIFAR_CLASSES)}")
+        raise ValueError(f"unknown data set {dataset!r}; known: {', '.join((*CIFAR_CLASSES, *BUNDLED))}")
+    if data_dir is None:
+        raise ValueError(f"no data folder: {dataset} is not bundled; give --data DIR or set GRANQ_DATA")
     root = Path(data_dir)
     npz = [root / dataset / f"{split}.npz", root / f"{split}.npz"]
     class_name, folder = _TORCHVISION[dataset]
