@@ -29,7 +29,7 @@ class TrainConfig(Settings):
     epochs: int = setting(60, "passes over the training images", least=1)
     batch_size: int = setting(128, "images of a step", least=2)
     lr: float = setting(0.15, "highest learning rate (SGD, Nesterov)", above=0)
-    lr_warmup: float = setting(0.1, "share of the steps in which the learning rate rises; then it falls as a cosine", least=0, most=0.9)
+    lr_warmup: float = setting(0.1, "share of the steps in which lr is reached; then it falls as a cosine", least=0, most=0.9)
     momentum: float = setting(0.9, "of SGD", least=0, most=0.999)
     weight_decay: float = setting(4e-4, "of the convolutions and linear layers; BatchNorm and biases have none", least=0)
     label_smoothing: float = setting(0.0, "of the cross-entropy", least=0, most=0.9)
