@@ -5,6 +5,7 @@ import click
 from granq_plugin.cli.evaluate import evaluate
 from granq_plugin.cli.export import export, report, verify
 from granq_plugin.cli.qat import qat
+from granq_plugin.cli.train import train_teacher
 
 __all__ = ["cli", "run"]
 
@@ -18,7 +19,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for verb in (evaluate, qat, export, verify, report):
+for verb in (evaluate, train_teacher, qat, export, verify, report):
     cli.add_command(verb)
 
 
