@@ -101,6 +101,23 @@ def get_model(
     return model
 
 
+def float_network(card: Card, weights: str | Path | None = None) -> tuple[nn.Module, str]:
+    """The float network of a float entry, in evaluation mode, and the SHA-256 of the file of its weights.
+
+    Args:
+        weights: a file; None: what the zoo ships.
+
+    Raises:
+        ValueError, FileNotFoundError: see :func:`get_model`.
+    """
+    if weights is None:
+        return from_bytes(card, read_weights(card)), card.weights.sha256
+    from zoo.weights import load_weights, sha256
+    model = card.build()
+    load_weights(model, weights)
+    return model, sha256(weights)
+
+
 def from_bytes(card: Card, data: bytes) -> nn.Module:
     """The network of a card with the weights of a file, in evaluation mode.
 

@@ -23,9 +23,9 @@ __all__ = ["evaluate"]
 @click.option("--calibration-images", type=click.IntRange(min=1), default=1000, show_default=True,
               help="How many of them, drawn with a fixed seed.")
 @click.option("--data", type=click.Path(path_type=Path), metavar="DIR", envvar="GRANQ_DATA", show_envvar=True,
-              help="Folder with the test images: DATASET/test.npz, or torchvision's folders.")
-@click.option("--weights", type=click.Path(path_type=Path), metavar="FILE", required=True,
-              help="Float weights: .safetensors or a torch state dict.")
+              help="Folder with the test images: DATASET/test.npz, or torchvision's folders; the digits need none.")
+@click.option("--weights", type=click.Path(path_type=Path), metavar="FILE",
+              help="Float weights: .safetensors or a torch state dict  [default: those that the zoo ships].")
 @click.option("--batch-size", type=click.IntRange(min=1), default=250, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="torch device, e.g. cuda.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's].")
@@ -41,8 +41,6 @@ def evaluate(name, weight_bits, act_bits, weight_regime, static, calibration_dat
     with input_errors():
         from zoo import get_card
         card = get_card(name)
-    if data is None:
-        raise click.UsageError("no data folder: give --data DIR or set GRANQ_DATA")
     if static != (calibration_data is not None):
         raise click.UsageError("--static and --calibration-data FILE belong together: give both or neither")
     if json_path is not None and (json_path.is_dir() or not json_path.absolute().parent.is_dir()):
@@ -57,14 +55,14 @@ def evaluate(name, weight_bits, act_bits, weight_regime, static, calibration_dat
     import zoo.evaluate
     import zoo.weights
     from granq_plugin.atomic import write_text
+    from zoo.registry import float_network
 
     with input_errors():
         device = open_device(device)
         if threads:
             torch.set_num_threads(threads)
         test_set = zoo.data.load_images(data, card.dataset)
-        model = card.build()
-        zoo.weights.load_weights(model, weights)
+        model, weights_sha256 = float_network(card, weights)
         quantized = granq_plugin.quantize(
             model, weight_bits, act_bits, weight_quant=getattr(granq_plugin, WEIGHT_REGIMES[weight_regime]))
         if static:
@@ -89,7 +87,7 @@ def evaluate(name, weight_bits, act_bits, weight_regime, static, calibration_dat
             weight_regime=weight_regime, activations=activations,
             calibration_images=len(chosen) if static else None,
             calibration_data_sha256=zoo.weights.sha256(calibration_data) if static else None,
-            weights_sha256=zoo.weights.sha256(weights),
+            weights_sha256=weights_sha256,
             float_top1=results["float"].top1, float_top5=results["float"].top5,
             quantized_top1=results["quantized"].top1, quantized_top5=results["quantized"].top5,
             float_images_per_second=results["float"].images_per_second,
