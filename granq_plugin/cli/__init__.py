@@ -5,6 +5,7 @@ import click
 from granq_plugin.cli.evaluate import evaluate
 from granq_plugin.cli.export import export, report, verify
 from granq_plugin.cli.qat import qat
+from granq_plugin.cli.zoo import zoo
 
 __all__ = ["cli", "run"]
 
@@ -18,7 +19,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for verb in (evaluate, qat, export, verify, report):
+for verb in (evaluate, qat, export, verify, report, zoo):
     cli.add_command(verb)
 
 
