@@ -103,7 +103,8 @@ class Results:
 
     def __post_init__(self) -> None:
         if not 0 <= self.correct <= self.correct5 <= self.images or not self.images:
-            raise ValueError(f"counts must be 0 <= correct <= correct5 <= images, got {self.correct}, {self.correct5}, {self.images}")
+            raise ValueError(
+                f"counts must be 0 <= correct <= correct5 <= images, got {self.correct}, {self.correct5}, {self.images}")
         for name, count in (("top1", self.correct), ("top5", self.correct5)):
             if abs(getattr(self, name) - 100 * count / self.images) > 0.00501:
                 raise ValueError(f"{name} = {getattr(self, name)} is not {count} of {self.images}")
@@ -175,7 +176,10 @@ class Card:
     def from_toml(cls, name: str, text: str) -> "Card":
         """Parse a card. Raises a ValueError that names the card and what is wrong with it."""
         try:
-            return _parsed(cls, tomllib.loads(text) | {"name": name}, "")
+            entries = tomllib.loads(text)
+            if "name" in entries:
+                raise ValueError("unknown entry name: the file's name is the entry's")
+            return _parsed(cls, entries | {"name": name}, "")
         except (tomllib.TOMLDecodeError, ValueError, TypeError) as e:
             raise ValueError(f"zoo card {name!r} is malformed: {e}") from e
 
@@ -207,7 +211,7 @@ class Card:
             raise ValueError(f"zoo entry {self.name!r}: there is no {self.architecture!r}: {e}") from e
         network = found(num_classes=self.num_classes, **self.architecture_args)
         if not isinstance(network, nn.Module) or isinstance(network, torch.jit.ScriptModule):
-            raise ValueError(f"zoo entry {self.name!r}: {self.architecture!r} must return a torch.nn.Module that is no TorchScript, "
+            raise ValueError(f"zoo entry {self.name!r}: {self.architecture!r} must return a torch.nn.Module, and no TorchScript; "
                              f"got {type(network).__name__}")
         return network.eval()
 
@@ -232,11 +236,11 @@ def _parsed(kind: type, entries: dict, where: str):
                if k not in entries and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
     if missing:
         raise ValueError(f"there is no entry {where}{missing[0]}")
+    values = {k: _value(fields[k].type, v, where + k) for k, v in entries.items()}
     try:
-        return kind(**{k: _value(fields[k].type, v, where + k) for k, v in entries.items()})
+        return kind(**values)
     except ValueError as e:
-        table = where.rstrip(".")
-        raise ValueError(f"[{table}] {e}" if table and not str(e).startswith(("[", "unknown", "there is", "entry")) else str(e)) from e
+        raise ValueError(f"[{where.rstrip('.')}] {e}" if where else str(e)) from e
 
 
 def _value(kind, value, where: str):

@@ -1,6 +1,7 @@
 """Images in memory: CIFAR as ``.npz`` arrays or in torchvision's folders, and scikit-learn's handwritten digits."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,12 @@ class ImageSet:
 
     Attributes:
         images: uint8 ``[N, C, H, W]``, RGB or grey. labels: int64 ``[N]``. source: the file or folder they were read from.
+        description: what they are, in words without a path.
     """
     images: Tensor
     labels: Tensor
     source: str
+    description: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -45,7 +48,12 @@ class ImageSet:
         return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
 
     def _of(self, chosen: Tensor) -> "ImageSet":
-        return ImageSet(self.images[chosen], self.labels[chosen], self.source)
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
+
+    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """``(images, labels)``, in order; of several ranks, each gets every ``world_size``-th batch."""
+        pairs = zip(self.images.split(batch_size), self.labels.split(batch_size))
+        return (pair for i, pair in enumerate(pairs) if i % world_size == rank)
 
 
 def _image_set(x: np.ndarray, y: np.ndarray, source: Path) -> ImageSet:
@@ -96,7 +104,7 @@ def load_digits(split: str = "test") -> ImageSet:
     count = np.bincount(y)[y]
     chosen = (of_class >= count - np.round(count / 5)) == (split == "test")
     images = np.round(x[chosen] * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
-    return ImageSet(torch.from_numpy(images), torch.from_numpy(y[chosen].astype(np.int64)), "scikit-learn")
+    return ImageSet(torch.from_numpy(images), torch.from_numpy(y[chosen].astype(np.int64)), "scikit-learn", f"digits {split} images")
 
 
 def load_images(data_dir: str | Path | None, dataset: str, split: str = "test") -> ImageSet:
@@ -135,4 +143,4 @@ def load_images(data_dir: str | Path | None, dataset: str, split: str = "test") 
         raise ValueError(
             f"labels in {data.source!r} run from {int(data.labels.min())} to {int(data.labels.max())}; "
             f"{dataset} has 0 to {CIFAR_CLASSES[dataset] - 1}")
-    return data
+    return replace(data, description=f"{dataset} {split} images")

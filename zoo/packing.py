@@ -74,7 +74,7 @@ def pack_network(network: nn.Module, calibrated: dict[str, Tensor] | None = None
             if prefix + buffer in state:
                 state[prefix + buffer] = _smallest_integers(state[prefix + buffer])
     ranges = {f"{CALIBRATED}{k}": v for k, v in (calibrated or {}).items() if "scaling_impl" in k}
-  
+    # one key of metadata: several would have no fixed order
     return _saved(state | ranges, dict(granq=json.dumps(dict(format=_FORMAT, packed=packed))))
 
 
@@ -133,7 +133,8 @@ def read_packed(data: bytes) -> Packed:
         said = json.loads(header.get("granq", f'{{"format": {_FORMAT}, "packed": {{}}}}'))
         if said["format"] != _FORMAT:
             raise ValueError(f"packed weights have format {said['format']!r}, this version reads {_FORMAT}")
-        integers = {k: unpack_bits(state.pop(f"{k}.packed"), e["bits"], e["shape"]) + e["lowest"] for k, e in said["packed"].items()}
+        integers = {key: unpack_bits(state.pop(f"{key}.packed"), e["bits"], e["shape"]) + e["lowest"]
+                    for key, e in said["packed"].items()}
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as e:
         raise ValueError(f"not a file of packed weights: {e!r}") from e
     calibrated = {k.removeprefix(CALIBRATED): state.pop(k) for k in list(state) if k.startswith(CALIBRATED)}

@@ -62,7 +62,8 @@ def read_weights(card: Card, zoo_dir: str | Path | None = None) -> bytes:
     data = file.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     if digest != card.weights.sha256:
-        raise ValueError(f"{str(file)!r} is damaged: its SHA-256 is {digest}, the card says {card.weights.sha256}; nothing is loaded")
+        raise ValueError(f"{str(file)!r} is damaged: its SHA-256 is {digest}, the card says {card.weights.sha256}; "
+                         "nothing is loaded")
     return data
 
 

@@ -6,6 +6,7 @@ from granq_plugin.cli.evaluate import evaluate
 from granq_plugin.cli.export import export, report, verify
 from granq_plugin.cli.qat import qat
 from granq_plugin.cli.train import train_teacher
+from granq_plugin.cli.zoo import zoo
 
 __all__ = ["cli", "run"]
 
@@ -19,7 +20,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for verb in (evaluate, train_teacher, qat, export, verify, report):
+for verb in (evaluate, train_teacher, qat, export, verify, report, zoo):
     cli.add_command(verb)
 
 
