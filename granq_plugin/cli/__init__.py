@@ -2,6 +2,7 @@
 
 import click
 
+from granq_plugin.cli.demo import demo
 from granq_plugin.cli.evaluate import evaluate
 from granq_plugin.cli.export import export, report, verify
 from granq_plugin.cli.qat import qat
@@ -20,7 +21,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for verb in (evaluate, train_teacher, qat, export, verify, report, zoo):
+for verb in (demo, evaluate, train_teacher, qat, export, verify, report, zoo):
     cli.add_command(verb)
 
 
