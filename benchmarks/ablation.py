@@ -4,7 +4,8 @@
 
 RUN_DIR is a run of ``granq qat`` with a memory; its network, bit widths and regime are taken. A switch is judged by the agreement
 of student and teacher on unlabelled natural images that neither network was trained or is tested on (``--judge``, an ``.npz``
-file); ``--data`` also prints test accuracy, which decides nothing. Writes ``benchmarks/results/ablation.csv`` and the table in the README.
+file); ``--data`` also prints test accuracy, which decides nothing. Writes ``benchmarks/results/ablation.csv`` and the README's
+table.
 """
 
 import csv
@@ -53,7 +54,7 @@ def main(run_dir, weights, judge, judge_images, data, iterations, only, threads)
     from zoo.students import load_run
 
     torch.set_num_threads(threads)
-    described, _, run = load_run(run_dir)
+    described, _, _ = load_run(run_dir)
     card = described.card
     teacher = card.build()
     zoo.weights.load_weights(teacher, weights)
