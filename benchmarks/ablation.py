@@ -100,7 +100,8 @@ def main(run_dir, weights, judge, judge_images, data, iterations, only, threads)
 
 def table(rows: list[dict], caption: str) -> str:
     """Markdown, in the order of the switches."""
-    heads = dict(switch="switch", agreement="agreement with the teacher, %", top1="test top-1, % (decides nothing)", seconds="seconds")
+    heads = dict(
+        switch="switch", agreement="agreement with the teacher, %", top1="test top-1, % (decides nothing)", seconds="seconds")
     names = [n for n in heads if n in rows[0]]
     lines = [[heads[n] for n in names], ["---"] * len(names), *([r[n] for n in names] for r in rows)]
     return "\n".join([caption, "", *(f"| {' | '.join(line)} |" for line in lines)])
