@@ -6,13 +6,14 @@ import importlib
 import sys
 from dataclasses import dataclass, field, fields
 from importlib import resources
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+if TYPE_CHECKING:  # the command line reads cards without torch
+    from torch import nn
 
 __all__ = ["Card", "get_card", "list_models"]
 
@@ -52,7 +53,7 @@ class Card:
             allowed = ", ".join(f.name for f in fields(cls) if f.name != "name")
             raise ValueError(f"zoo card {name!r} is malformed: {e}; its entries are: {allowed}") from e
 
-    def build(self) -> nn.Module:
+    def build(self) -> "nn.Module":
         """The float network, with fresh weights, in evaluation mode."""
         module, function = self.architecture.split(":")
         return getattr(importlib.import_module(module), function)(num_classes=self.num_classes, **self.architecture_args).eval()
