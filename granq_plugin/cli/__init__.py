@@ -15,6 +15,7 @@ VERBS = {
     "export": "granq_plugin.cli.export:export",
     "verify": "granq_plugin.cli.export:verify",
     "report": "granq_plugin.cli.export:report",
+    "zoo": "granq_plugin.cli.zoo:zoo",
 }
 
 
