@@ -69,7 +69,7 @@ def main(run_dir, weights, judge, judge_images, data, iterations, only, threads)
         if only and not any(o in name for o in only):
             continue
         config = preset(f"{card.dataset}_fast", memory_size=0, replay_steps=0, warmup_epochs=0, epochs=8,
-                        iterations=max(1, iterations // 8)).replace(**changes)
+                        iterations=max(1, iterations // 8), bf16=True, channels_last=True).replace(**changes)
         seen = low_pass(images, config.low_pass) if config.low_pass else images
         start = time.perf_counter()
         try:
