@@ -1,14 +1,19 @@
-"""GranQ (arXiv 2503.18339) for Brevitas: per-channel low-bit quantization of trained networks without their training data."""
+"""GranQ (arXiv 2503.18339) for Brevitas: per-channel low-bit quantization of trained networks without their training data.
+
+Importing this package imports neither torch nor Brevitas; the first use of a public name does. Brevitas's own ``brevitas.export``
+knows our quantizers as soon as one of them has been imported.
+"""
 
 import warnings
+from typing import TYPE_CHECKING
 
 from granq_plugin._version import __version__
+from granq_plugin.lazy import lazy_names
 
-with warnings.catch_warnings():  # Brevitas warns at import of an optional package that nothing here uses
-    warnings.filterwarnings("ignore", "fast_hadamard_transform package not found", UserWarning)
+if TYPE_CHECKING:  # for editors and type checkers
     from granq_plugin.calibrate import to_static
     from granq_plugin.convert import quantize
-    from granq_plugin.export import register_handlers
+    from granq_plugin.freeze import freeze_weights
     from granq_plugin.quantizers import (
         GranQActPerChannel,
         GranQActPerChannelStatic,
@@ -16,7 +21,6 @@ with warnings.catch_warnings():  # Brevitas warns at import of an optional packa
         GranQWeightPerChannelSymmetric,
         GranQWeightPerKernel,
     )
-    register_handlers()
 
 __all__ = [
     "GranQActPerChannel",
@@ -25,6 +29,18 @@ __all__ = [
     "GranQWeightPerChannelSymmetric",
     "GranQWeightPerKernel",
     "__version__",
+    "freeze_weights",
     "quantize",
     "to_static",
 ]
+
+__getattr__, __dir__ = lazy_names(__name__, {
+    "freeze_weights": "granq_plugin.freeze",
+    "quantize": "granq_plugin.convert",
+    "register_handlers": "granq_plugin.handlers",
+    "to_static": "granq_plugin.calibrate",
+} | dict.fromkeys((name for name in __all__ if name.startswith("GranQ")), "granq_plugin.quantizers"),
+    submodules=("deploy", "export", "functional", "quantizers", "zero_shot"))
+
+# Brevitas warns at import of an optional package that nothing here uses
+warnings.filterwarnings("ignore", "fast_hadamard_transform package not found", UserWarning)

@@ -26,6 +26,7 @@ from granq_plugin.core.proxy import GranQDynamicActProxy, GranQPerKernelWeightPr
 from granq_plugin.core.ranges import CollectedRange, DynamicRange
 from granq_plugin.core.static import StaticGranQ
 from granq_plugin.core.weight import MinMaxWeightQuant, PerKernelGranQ
+from granq_plugin.handlers import register_handlers
 
 __all__ = [
     "GranQActPerChannel",
@@ -35,6 +36,8 @@ __all__ = [
     "GranQWeightPerKernel",
     "check_quantizer",
 ]
+
+register_handlers()
 
 
 class _UnsignedInt8(ExtendedInjector):

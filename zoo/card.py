@@ -1,5 +1,7 @@
 """The card of a zoo entry: what it is, how well it does, and where it comes from. TOML, read and written whole."""
 
+from __future__ import annotations
+
 import dataclasses
 import importlib
 import json
@@ -8,10 +10,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from zoo.quantization import Quantization
 
@@ -19,6 +18,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+if TYPE_CHECKING:  # the command line reads this file without torch
+    from torch import Tensor, nn
 
 __all__ = ["Card", "Costs", "Preprocessing", "Results", "Teacher", "Training", "Weights"]
 
@@ -55,6 +56,7 @@ class Preprocessing:
         Raises:
             ValueError: for images of another size or number of channels than the network's.
         """
+        import torch
         c, size = self.channels, self.image_size
         if images.dim() != 4 or images.shape[2:] != (size, size):
             found = "x".join(map(str, images.shape[2:]))
@@ -173,7 +175,7 @@ class Card:
             raise ValueError(f"date must be YYYY-MM-DD, got {self.date!r}")
 
     @classmethod
-    def from_toml(cls, name: str, text: str) -> "Card":
+    def from_toml(cls, name: str, text: str) -> Card:
         """Parse a card. Raises a ValueError that names the card and what is wrong with it."""
         try:
             entries = tomllib.loads(text)
@@ -204,19 +206,21 @@ class Card:
         Raises:
             ValueError: if the architecture cannot be imported or called, or is no eager torch module.
         """
+        import torch
         module, function = self.architecture.split(":")
         try:
             found = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError) as e:
             raise ValueError(f"zoo entry {self.name!r}: there is no {self.architecture!r}: {e}") from e
         network = found(num_classes=self.num_classes, **self.architecture_args)
-        if not isinstance(network, nn.Module) or isinstance(network, torch.jit.ScriptModule):
+        if not isinstance(network, torch.nn.Module) or isinstance(network, torch.jit.ScriptModule):
             raise ValueError(f"zoo entry {self.name!r}: {self.architecture!r} must return a torch.nn.Module, and no TorchScript; "
                              f"got {type(network).__name__}")
         return network.eval()
 
     def example_input(self) -> Tensor:
         """A black image, ``[1, C, S, S]``."""
+        import torch
         size = self.preprocessing.image_size
         return torch.zeros(1, self.preprocessing.channels, size, size)
 
@@ -228,7 +232,7 @@ def _toml(value: Any) -> str:
 
 def _parsed(kind: type, entries: dict, where: str):
     """A dataclass of plain values, checked against its annotations; errors name the entry."""
-    fields = {f.name: f for f in dataclasses.fields(kind)}
+    fields, types = {f.name: f for f in dataclasses.fields(kind)}, get_type_hints(kind)
     unknown = [k for k in entries if k not in fields]
     if unknown:
         raise ValueError(f"unknown entry {where}{unknown[0]}; allowed: {', '.join(k for k in fields if k != 'name')}")
@@ -236,7 +240,7 @@ def _parsed(kind: type, entries: dict, where: str):
                if k not in entries and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
     if missing:
         raise ValueError(f"there is no entry {where}{missing[0]}")
-    values = {k: _value(fields[k].type, v, where + k) for k, v in entries.items()}
+    values = {k: _value(types[k], v, where + k) for k, v in entries.items()}
     try:
         return kind(**values)
     except ValueError as e:

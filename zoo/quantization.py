@@ -1,9 +1,13 @@
 """How a zoo network is quantized, as data, and the names that follow from it."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+if TYPE_CHECKING:  # the command line reads this file without torch
+    from torch import Tensor, nn
 
 __all__ = ["ACTIVATIONS", "WEIGHT_REGIMES", "Quantization"]
 

@@ -1,15 +1,19 @@
 """Zoo entries, found by name: their cards, and their networks with the weights that were published."""
 
+from __future__ import annotations
+
 import difflib
 import fnmatch
 import hashlib
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from zoo.card import Card
+
+if TYPE_CHECKING:  # the command line reads this file without torch
+    from torch import nn
 
 __all__ = ["Card", "get_card", "get_model", "list_models", "read_weights"]
 

@@ -1,16 +1,19 @@
 """Quantized students of a zoo network: built from a description, and found again in a run's folder."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from zoo.card import Card
 from zoo.quantization import ACTIVATIONS, WEIGHT_REGIMES, Quantization
 from zoo.registry import get_card
-from zoo.weights import read_state_dict, sha256
+
+if TYPE_CHECKING:  # the command line reads this file without torch
+    from torch import Tensor, nn
 
 __all__ = ["ACTIVATIONS", "WEIGHT_REGIMES", "Student", "calibrated_network", "calibrator", "load_run"]
 
@@ -80,6 +83,7 @@ def load_run(run_dir: str | Path) -> tuple[Student, nn.Module, dict]:
     Raises:
         FileNotFoundError: if the folder holds no finished run. ValueError: if its files are damaged or do not belong together.
     """
+    from zoo.weights import read_state_dict, sha256
     folder = Path(run_dir)
     for name in ("run.json", "student.safetensors"):
         if not (folder / name).is_file():
@@ -115,5 +119,6 @@ def calibrated_network(run_dir: str | Path) -> nn.Module:
 
 
 def _calibrated_as(prepared: nn.Module, folder: Path) -> nn.Module:
+    from zoo.weights import read_state_dict
     prepared.load_state_dict(read_state_dict(folder / "calibrated.safetensors"))
     return prepared.eval()

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from granq_plugin.settings import Settings, setting
 from granq_plugin.zero_shot.run_directory import RunDirectory
-from zoo.data import ImageSet
 from zoo.card import Preprocessing
+from zoo.data import ImageSet
 
 __all__ = ["TRAIN_PRESETS", "TrainConfig", "random_crop_flip", "train_preset", "train_teacher"]
 

@@ -1,28 +1,45 @@
 """The ``granq`` command line: thin, each verb calls public functions. Bad input: one line on stderr, exit code 2."""
 
-import click
+import importlib
 
-from granq_plugin.cli.demo import demo
-from granq_plugin.cli.evaluate import evaluate
-from granq_plugin.cli.export import export, report, verify
-from granq_plugin.cli.qat import qat
-from granq_plugin.cli.train import train_teacher
-from granq_plugin.cli.zoo import zoo
+import click
 
 __all__ = ["cli", "run"]
 
+# verb -> module:function, imported when the verb or the list of verbs is asked for. These modules import torch and the rest of
+# the package inside their functions, so that help comes at once.
+VERBS = {
+    "demo": "granq_plugin.cli.demo:demo",
+    "evaluate": "granq_plugin.cli.evaluate:evaluate",
+    "train-teacher": "granq_plugin.cli.train:train_teacher",
+    "qat": "granq_plugin.cli.qat:qat",
+    "export": "granq_plugin.cli.export:export",
+    "verify": "granq_plugin.cli.export:verify",
+    "report": "granq_plugin.cli.export:report",
+    "zoo": "granq_plugin.cli.zoo:zoo",
+}
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
+
+class LazyGroup(click.Group):
+    """A group of :data:`VERBS` in their order (pattern: "Lazily Loading Subcommands" in click's documentation)."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            return None
+        module, function = VERBS[name].split(":")
+        return getattr(importlib.import_module(module), function)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
 @click.version_option(package_name="granq-plugin")
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Per-channel low-bit quantization of trained networks (GranQ) for Brevitas."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
-
-
-for verb in (demo, evaluate, train_teacher, qat, export, verify, report, zoo):
-    cli.add_command(verb)
 
 
 def run(args: list[str] | None = None) -> int:

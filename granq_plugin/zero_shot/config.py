@@ -35,9 +35,10 @@ class ZeroShotConfig(Settings):
         1, "micro-batches of an iteration; batch statistics (generator, BatchNorm loss) are of the micro-batch", least=1)
     seed: int = setting(0, "of the generator's weights, the noise and the labels", least=0)
 
-    student_lr: float = setting(1e-4, "learning rate of the student (SGD, Nesterov)", above=0)
+    student_optimizer: str = setting("sgd", "sgd: Nesterov, as published; adam: AdamW", choices=("sgd", "adam"))
+    student_lr: float = setting(1e-4, "learning rate of the student", above=0)
     student_lr_warmup: int = setting(0, "the student's first iterations, over which its learning rate rises linearly", least=0)
-    momentum: float = setting(0.9, "of the student", least=0, most=0.999)
+    momentum: float = setting(0.9, "of the student's SGD", least=0, most=0.999)
     weight_decay: float = setting(1e-4, "of the student", least=0)
     generator_lr: float = setting(1e-3, "learning rate of the generator (Adam)", above=0)
     betas: tuple[float, float] = setting((0.5, 0.999), "of the generator's Adam", least=0, most=0.9999)
@@ -60,6 +61,17 @@ class ZeroShotConfig(Settings):
         least=0)
     memory_size: int = setting(0, "synthetic images that are kept with the teacher's logits, the latest ones; 0: none", least=0)
     replay_steps: int = setting(0, "additional student steps per iteration on images drawn from the memory", least=0)
+
+    feature_loss: str = setting(
+        "off", "also distil the BatchNorm outputs: as they are, or their attention maps (beyond the paper)",
+        choices=("off", "features", "attention"))
+    feature_weight: float = setting(1.0, "of feature_loss, beside the student's loss", least=0)
+    ema_decay: float = setting(0.0, "of a moving average of the student's weights, which is the result; 0: none (beyond the paper)",
+                               least=0, most=0.99999)
+    sam_rho: float = setting(0.0, "length of the step to the sharpest neighbour, where gradients are taken; 0: none; doubles the "
+                             "student's work (beyond the paper: ZSAQ)", least=0)
+    low_pass: float = setting(0.0, "cut-off of a Gaussian low-pass filter on synthetic images, in cycles per image; 0: none "
+                              "(beyond the paper: SynQ)", least=0)
 
     bf16: bool = setting(False, "autocast the networks to bfloat16; quantizers, losses and statistics stay float32")
     channels_last: bool = setting(False, "run the convolutions in channels_last layout")

@@ -81,7 +81,11 @@ def test_the_student_s_learning_rate_rises_over_its_first_iterations():
     training.close()
 
 
-@pytest.mark.parametrize("options", [{}, dict(memory_size=20, replay_steps=2), dict(accumulation_steps=2)])
+BEYOND = dict(memory_size=20, replay_steps=1, student_optimizer="adam", feature_loss="features", ema_decay=0.9, sam_rho=0.1,
+              low_pass=3.0)
+
+
+@pytest.mark.parametrize("options", [{}, dict(memory_size=20, replay_steps=2), dict(accumulation_steps=2), BEYOND])
 @pytest.mark.parametrize("act_quant", [gq.GranQActPerChannel, gq.GranQActPerChannelStatic.let(learned_scale=True)])
 def test_same_seed_same_result(act_quant, options):
     config = changed(**options)

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from zoo.card import Preprocessing
 from zoo.data import ImageSet
-from zoo.registry import Preprocessing
 from zoo.train import TrainConfig, random_crop_flip, train_preset, train_teacher
 
 PREPROCESSING = Preprocessing(8, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
