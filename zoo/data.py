@@ -41,7 +41,19 @@ class ImageSet:
 
     def subset(self, count: int, seed: int = 0) -> "ImageSet":
         """``count`` images (all, if there are fewer), drawn without replacement; the same ones for the same seed."""
-        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
+        return self._of(self._order(seed)[:count])
+
+    def split(self, count: int, seed: int = 0) -> tuple["ImageSet", "ImageSet"]:
+        """All other images, and the ``count`` that :meth:`subset` draws. Raises a ValueError if none would be left."""
+        if count >= len(self):
+            raise ValueError(f"cannot hold out {count} of the {len(self)} images of {self.source!r}")
+        order = self._order(seed)
+        return self._of(order[count:]), self._of(order[:count])
+
+    def _order(self, seed: int) -> Tensor:
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+
+    def _of(self, chosen: Tensor) -> "ImageSet":
         return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
     def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
