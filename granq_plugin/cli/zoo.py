@@ -142,3 +142,31 @@ def add(run_dir, name, license, overwrite, data, batch_size, download, zoo_dir) 
     card = entry.card
     click.echo(f"{card.name}: top-1 {card.results.top1:.2f} % of {card.results.images}, {card.weights.bytes:,} bytes\n  "
                + "\n  ".join(map(str, files)))
+
+
+@zoo.command()
+@click.option("--readme", type=click.Path(path_type=Path), metavar="FILE", help="Replace the table between this file's markers.")
+@click.option("--plots", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+              help="Also draw zoo_accuracy.png and zoo_bit_operations.png there.")
+@zoo_option
+def table(readme, plots, zoo_dir) -> None:
+    """Print the table of all entries with results, as Markdown, beside published ones; or write it, with its pictures.
+
+    \b
+    Example:
+      granq zoo table --readme README.md --plots benchmarks/results
+    """
+    with input_errors():
+        from zoo import get_card, list_models
+        from zoo.plots import plot
+        from zoo.readme import replace_table
+        from zoo.tables import MARKER
+        from zoo.tables import table as table_of
+        cards = [get_card(name, zoo_dir) for name in list_models("*", zoo_dir)]
+        text = table_of(cards)
+        if readme is not None:
+            replace_table(MARKER, text, readme)
+        if plots is not None:
+            plot(cards, plots / "zoo_accuracy.png")
+            plot(cards, plots / "zoo_bit_operations.png", against="bit_operations")
+    click.echo(text)
