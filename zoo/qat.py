@@ -7,11 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from granq_plugin.atomic import write_text
 from granq_plugin.zero_shot import ZeroShotConfig, ZeroShotResult, parallel, zero_shot_qat
 from granq_plugin.zero_shot.outcome import save_outcome, save_tensors
+from zoo.card import Card
 from zoo.data import ImageSet
 from zoo.evaluate import evaluate
-from zoo.students import Student, calibrator
+from zoo.quantization import Quantization
+from zoo.registry import get_card, list_models
+from zoo.students import calibrator
 from zoo.weights import read_state_dict
 
 __all__ = ["StudentRun", "read_images", "train_student"]
@@ -34,7 +38,8 @@ class StudentRun:
 
 
 def train_student(
-        student: Student,
+        card: Card,
+        quantization: Quantization,
         teacher: nn.Module,
         config: ZeroShotConfig,
         run_dir: str | Path,
@@ -51,7 +56,7 @@ def train_student(
     """Quantize a float zoo network, train it without data, and leave a run that :func:`zoo.students.load_run` reads.
 
     Args:
-        student: what to train. teacher: the float network, on the CPU; it is moved to ``device``.
+        card: of the float network. quantization: of the student. teacher: the float network, on the CPU; it is moved to ``device``.
         run_dir: see :func:`granq_plugin.zero_shot.zero_shot_qat`; its outcome is written too, by rank 0.
         teacher_sha256, images_sha256: of the files of weights and images, for ``run.json``.
         images: normalized ``[N, C, S, S]`` of another run: train on these. Folded students need them, for their ranges.
@@ -73,21 +78,24 @@ def train_student(
         return prepared
 
     def top1(network: nn.Module) -> float:
-        return evaluate(network, test_set, student.card.preprocessing, device=device).top1
+        return evaluate(network, test_set, card.preprocessing, device=device).top1
 
-    network = student.build(teacher, calibrate)
+    network = quantization.build(teacher, card.example_input(), calibrate)
     result = zero_shot_qat(
         network.to(device), teacher.to(device), config, images=images, run_dir=run_dir, resume=resume,
         evaluate=top1 if test_set else None, evaluate_every=evaluate_every or config.epochs, on_iteration=on_iteration,
         on_epoch=on_epoch)
-    summary = asdict(student) | dict(
-        dataset=student.card.dataset, teacher_weights_sha256=teacher_sha256, images_sha256=images_sha256)
+    in_zoo = card.name in list_models() and get_card(card.name) == card
+    summary = dict(network=card.name if in_zoo else "card.toml") | asdict(quantization) | dict(
+        dataset=card.dataset, teacher_weights_sha256=teacher_sha256, images_sha256=images_sha256)
     if parallel.rank() == 0:
         if test_set:
             summary |= dict(test_images=len(test_set), float_top1=top1(teacher), top1=result.metrics[-1]["accuracy"])
+        if not in_zoo:
+            write_text(Path(run_dir) / "card.toml", card.to_toml())
         if calibrated:
             save_tensors(Path(run_dir) / "calibrated.safetensors", calibrated)
-        save_outcome(run_dir, result, summary, student.card.preprocessing.mean, student.card.preprocessing.std)
+        save_outcome(run_dir, result, summary, card.preprocessing.mean, card.preprocessing.std)
     return StudentRun(result, summary)
 
 

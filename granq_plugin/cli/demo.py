@@ -53,9 +53,10 @@ def _summary(report: dict, out: Path) -> str:
     for step in report["ladder"]:
         kept = "" if step["key"] == "float" else f"   {step['retention']:6.1%} of float"
         lines.append(f"  {LABELS[step['key']].format(bits=report['bits']):38} {step['top1']:6.2f} %{kept}")
-    for e in report["verification"]["executors"]:
-        lines.append(f"  {'exported file, in ' + e['executor']:38} {100 * e['correct'] / e['images']:6.2f} %   "
-                     f"as torch on {e['close']} of {e['images']} images")
+    for file in report["verification"]:
+        for e in file["executors"]:
+            lines.append(f"  {file['file'] + ' in ' + e['executor']:38} {100 * e['correct'] / e['images']:6.2f} %   "
+                         f"as torch on {e['close']} of {e['images']} images")
     costs = report["costs"]
     kept = sum(r["passed"] for r in report["finn"])
     lines += [f"weights {costs['at_float32']['weight_bytes'] / 1000:.0f} kB -> {costs['network']['weight_bytes'] / 1000:.0f} kB; "

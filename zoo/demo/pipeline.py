@@ -15,8 +15,8 @@ from torch import nn
 from granq_plugin import __version__
 from granq_plugin.atomic import write_text
 from granq_plugin.deploy import check_finn, clear_ties, export_finn
+from granq_plugin.export import export_qonnx, verify
 from granq_plugin.export import report as costs_of
-from granq_plugin.export import verify
 from granq_plugin.zero_shot import ZeroShotConfig, preset
 from zoo.data import ImageSet, load_images
 from zoo.demo.folder import open_folder
@@ -24,14 +24,15 @@ from zoo.demo.page import page
 from zoo.demo.pictures import draw
 from zoo.evaluate import evaluate, input_batches, wilson_interval
 from zoo.qat import train_student
-from zoo.registry import float_network, get_card
-from zoo.students import Student, calibrated_network, load_run
+from zoo.quantization import Quantization
+from zoo.registry import get_card, teacher_of
+from zoo.students import calibrated_network, load_run
+from zoo.weights import sha256
 
 __all__ = ["NETWORK", "run_demo"]
 
 NETWORK = "resnet8_digits"
 RUNS = ("dynamic", "static", "folded")
-EXECUTORS = ("onnxruntime", "qonnx")
 
 Stage = Callable[[str, int], Callable[[int], object]]
 """Called at the start of a stage with its words and its number of steps; returns what is called with steps done."""
@@ -72,7 +73,7 @@ def run_demo(
     config = config or preset(f"{card.dataset}_fast")
     bits = f"W{weight_bit_width}A{act_bit_width}"
     test_set = test_set or load_images(None, card.dataset)
-    teacher, digest = float_network(card)
+    teacher, digest = teacher_of(card)
     resumed = open_folder(out, dict(bits=bits, network=NETWORK, teacher_sha256=digest, version=__version__), RUNS)
     ladder = []
 
@@ -84,7 +85,7 @@ def run_demo(
 
     def trained(kind: str, words: str, config: ZeroShotConfig, images=None, images_digest=None):
         regime = "per-output-channel-symmetric" if kind == "folded" else "per-output-channel"
-        student = Student(NETWORK, weight_bit_width, act_bit_width, regime, kind)
+        quantization = Quantization(weight_bit_width, act_bit_width, regime, kind)
         update, done_before = stage(words, config.total_iterations), 0
 
         def on_iteration(done: int, _) -> None:
@@ -92,16 +93,16 @@ def run_demo(
             update(done - done_before)  # a resumed run starts with the iterations that were done before
             done_before = done
         run = train_student(
-            student, teacher, config, out / kind, teacher_sha256=digest, images=images, images_sha256=images_digest,
+            card, quantization, teacher, config, out / kind, teacher_sha256=digest, images=images, images_sha256=images_digest,
             test_set=test_set, resume=True, on_iteration=on_iteration)
         update(config.total_iterations - done_before)
         return run.result
 
     measured("float", teacher)
-    measured("before", Student(NETWORK, weight_bit_width, act_bit_width).build(teacher))
+    measured("before", Quantization(weight_bit_width, act_bit_width).build(teacher, card.example_input()))
     result = trained("dynamic", f"zero-shot QAT, {bits}", config)
     measured("dynamic", load_run(out / "dynamic")[1])
-    images, images_digest = result.images, _sha256(out / "dynamic" / "images.safetensors")
+    images, images_digest = result.images, sha256(out / "dynamic" / "images.safetensors")
     from_images = config.replace(memory_size=0, replay_steps=0)
     trained("static", "with static ranges", from_images, images, images_digest)
     measured("static", load_run(out / "static")[1])
@@ -109,26 +110,32 @@ def run_demo(
     deployed, cleared = clear_ties(load_run(out / "folded")[1], card.example_input())
     measured("folded", deployed)
 
-    file = out / f"{card.dataset}_{bits.lower()}_finn.onnx"
-    update = stage("verifying the exported file", len(test_set) * len(EXECUTORS))
+    name = f"{card.dataset}_{bits.lower()}"
+    files = dict(qonnx=out / f"{name}_qonnx.onnx", finn=out / f"{name}_finn.onnx")
+    metadata = dict(network=NETWORK, teacher_weights_sha256=digest, top1=ladder[-1]["top1"], test_images=len(test_set))
+    inputs = torch.cat(list(input_batches(test_set.images, card.preprocessing, 1000)))
+    update = stage("verifying the exported files", 3 * len(test_set))
+    checked = dict(labels=test_set.labels, progress=update)
     with _quiet():
-        export_finn(deployed, card.example_input(), file, metadata=dict(
-            network=NETWORK, teacher_weights_sha256=digest, top1=ladder[-1]["top1"], test_images=len(test_set)))
-        inputs = torch.cat(list(input_batches(test_set.images, card.preprocessing, 1000)))
-        verification = verify(
-            file, deployed, inputs, labels=test_set.labels, executors=EXECUTORS, batch_size=1, progress=update)
-        costs = costs_of(file)
-        rules = check_finn(file)
+        export_qonnx(deployed, card.example_input(), files["qonnx"], metadata=metadata)
+        export_finn(deployed, card.example_input(), files["finn"], metadata=metadata)
+        verifications = [
+            verify(files["qonnx"], deployed, inputs, executors=("onnxruntime", "qonnx"), **checked),
+            # for FINN, which takes one image at a time
+            verify(files["finn"], deployed, inputs, executors=("onnxruntime", ), integers=False, **checked)]
+        costs = costs_of(files["qonnx"])
+        rules = check_finn(files["finn"])
     report = dict(
         network=NETWORK, dataset=card.dataset, test_images=len(test_set), weight_bit_width=weight_bit_width,
         act_bit_width=act_bit_width, bits=bits, ladder=ladder,
-        verification=dict(agrees=verification.agrees, rtol=verification.rtol, executors=[asdict(a) for a in verification.agreements]),
+        verification=[dict(file=Path(v.path).name, agrees=v.agrees, rtol=v.rtol, executors=[asdict(a) for a in v.agreements])
+                      for v in verifications],
         finn=[dict(rule=r.rule, node=r.node, passed=r.passed, message=r.message) for r in rules],
         largest_tie_shift=max(layer.largest_shift for layer in cleared),
         costs=dict(network=costs.totals(), at_8_bits=costs.totals(8), at_float32=costs.totals(32)),
         training=dict(iterations=config.total_iterations, batch_size=config.batch_size, seed=config.seed,
                       synthetic_images=len(images), agreement=result.metrics[-1]["agreement"]),
-        teacher_sha256=digest, file=file.name, resumed=resumed, version=__version__, torch=torch.__version__,
+        teacher_sha256=digest, resumed=resumed, version=__version__, torch=torch.__version__,
         python=platform.python_version())
     pictures = draw(
         out, ladder, bits, result.generator.sample(60), inputs, test_set.labels, calibrated_network(out / "folded"), deployed, card)
@@ -136,11 +143,6 @@ def run_demo(
     write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
     write_text(out / "report.html", page(report, pictures))
     return report
-
-
-def _sha256(path: Path) -> str:
-    from zoo.weights import sha256
-    return sha256(path)
 
 
 @contextlib.contextmanager

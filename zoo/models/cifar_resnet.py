@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["CifarResNet", "convolution_shortcuts", "resnet20", "resnet8"]
+__all__ = ["CifarResNet", "convolution_shortcuts", "resnet20", "resnet56", "resnet8"]
 
 
 class PaddingShortcut(nn.Module):
@@ -94,6 +94,11 @@ def resnet8(num_classes: int = 10, shortcut: str = "B", in_channels: int = 3) ->
 def resnet20(num_classes: int = 10, shortcut: str = "B") -> CifarResNet:
     """ResNet-20: 0.27 M parameters, 41 M multiply-adds at 32x32."""
     return CifarResNet(20, num_classes, shortcut)
+
+
+def resnet56(num_classes: int = 10, shortcut: str = "B") -> CifarResNet:
+    """ResNet-56: 0.85 M parameters, 126 M multiply-adds at 32x32."""
+    return CifarResNet(56, num_classes, shortcut)
 
 
 def convolution_shortcuts(model: nn.Module, inplace: bool = False) -> nn.Module:
