@@ -94,7 +94,7 @@ def read_npz(path: str | Path) -> ImageSet:
 
 
 def load_digits(split: str = "test") -> ImageSet:
-    """scikit-learn's handwritten digits (UCI optdigits), uint8 ``[N, 1, 8, 8]``: the 16 grey levels spread over 0 to 255.
+    """scikit-learn's handwritten digits (UCI optdigits), uint8 ``[N, 1, 8, 8]``: grey levels 0 to 16 spread over 0 to 255.
 
     The test set is the last fifth of each class, 359 of 1,797 images, in the order of the file: about the last of its 13 writers,
     whom training has not seen.
@@ -114,8 +114,8 @@ def load_digits(split: str = "test") -> ImageSet:
         of_class[y == digit] = np.arange((y == digit).sum())
     count = np.bincount(y)[y]
     chosen = (of_class >= count - np.round(count / 5)) == (split == "test")
-    images = np.round(x[chosen] * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
-    return ImageSet(torch.from_numpy(images), torch.from_numpy(y[chosen].astype(np.int64)), "scikit-learn", f"digits {split} images")
+    images = torch.from_numpy(np.round(x[chosen] * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
+    return ImageSet(images, torch.from_numpy(y[chosen].astype(np.int64)), "scikit-learn", f"digits {split} images")
 
 
 def load_images(

@@ -12,6 +12,7 @@ from granq_plugin.cli.options import input_errors
 __all__ = ["demo"]
 
 _NEEDED = ("sklearn", "safetensors", "matplotlib", "jinja2", "tqdm", "onnx", "onnxscript", "onnxoptimizer", "onnxruntime", "qonnx")
+_BAR = "{desc} {percentage:3.0f}% |{bar:30}| {elapsed}"
 
 
 @click.command()
@@ -38,8 +39,8 @@ def demo(out, weight_bits, act_bits) -> None:
         with contextlib.ExitStack() as bars, input_errors():
             def stage(words: str, total: int):
                 bars.close()
-                return bars.enter_context(tqdm(
-                    total=total, desc=f"{words:28}", bar_format="{desc} {percentage:3.0f}% |{bar:30}| {elapsed}", file=sys.stderr)).update
+                bar = tqdm(total=total, desc=f"{words:28}", bar_format=_BAR, file=sys.stderr)
+                return bars.enter_context(bar).update
             report = run_demo(out, weight_bits, act_bits, stage=stage)
     except KeyboardInterrupt:
         click.echo("\nstopped: the same command goes on from here", err=True)

@@ -42,7 +42,7 @@ def _help_of_settings(context: click.Context, _, value: bool) -> None:
 @click.option("--images", "images_file", type=click.Path(path_type=Path), metavar="FILE",
               help="images.safetensors of another run with memory_size: learn from these, without a generator.")
 @click.option("--data", type=click.Path(path_type=Path), metavar="DIR", envvar="GRANQ_DATA", show_envvar=True,
-              help="Folder with the test images; without it the student is not evaluated (the digits need none). Training never sees it.")
+              help="Folder with the test images; which training never sees; without it, only digits are evaluated.")
 @click.option("--evaluate-every", type=click.IntRange(min=1), metavar="EPOCHS",
               help="With --data: evaluate that often  [default: at the end].")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in RUN_DIR, if there is one.")

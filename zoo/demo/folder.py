@@ -20,8 +20,8 @@ def open_folder(path: str | Path, identity: dict, stages: tuple[str, ...]) -> bo
         identity: plain values that tell one demo from another. stages: names of the folders of its runs.
 
     Raises:
-        NotADirectoryError, FileExistsError: for a file, a folder with anything else in it, or another demo. OSError: if it cannot be
-            written.
+        NotADirectoryError, FileExistsError: for a file, a folder with anything else in it, or another demo.
+        OSError: if it cannot be written.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():

@@ -28,8 +28,8 @@ def draw(
     """Write ``ladder.png``, ``ranges.png`` (each also as ``*_dark.png``), ``generated.png`` and ``real.png``; paths by name.
 
     Args:
-        ladder, bits: see ``report.json``. generated: normalized images, of all classes in turn. real, labels: normalized test images,
-            at least six of each class. static, folded: see :func:`granq_plugin.export.plot_ranges`.
+        ladder, bits: see ``report.json``. generated: normalized images, of all classes in turn.
+        real, labels: normalized test images. static, folded: see :func:`granq_plugin.export.plot_ranges`.
     """
     paths = {name: out / f"{name}.png" for name in ("generated", "real")}
     normalization = card.preprocessing.mean, card.preprocessing.std
@@ -63,10 +63,10 @@ def _ladder(ladder: list[dict], bits: str, ink: str, path: Path) -> None:
     axes.errorbar(top1, range(len(ladder)), xerr=errors, fmt="none", ecolor=ink, elinewidth=1, capsize=3)
     axes.axvline(top1[0], color=_REFERENCE, linewidth=1, linestyle="--")
     for i, step in enumerate(ladder):
-        axes.text(101, i, f"{step['top1']:.2f} %", va="center", fontsize=10)
+        axes.text(100 + 0.01 * (100 - start), i, f"{step['top1']:.2f} %", va="center", fontsize=10)
     axes.set_yticks(range(len(ladder)), [LABELS[step["key"]].format(bits=bits) for step in ladder])
     axes.invert_yaxis()
-    axes.set(xlim=(start, 100), xlabel="top-1 accuracy on the test images, %; whiskers: 95 % interval")
+    axes.set(xlim=(start, 100), xlabel=f"top-1 accuracy on the test images, from {start} %; whiskers: 95 % interval")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)
