@@ -123,13 +123,12 @@ class Costs:
 
 @dataclass(frozen=True)
 class Training:
-    """The command that made the weights.
+    """How the weights were made, by the card's command.
 
     Attributes:
-        command: as typed, paths replaced by words. epochs: the last one, which is the one that is shipped. version: of the plugin.
-        log: its metrics, epoch by epoch, and config: its settings; files in the zoo's folder.
+        epochs: the last one, which is the one that is shipped. version: of the plugin. log: metrics, epoch by epoch, and config:
+        settings; files in the zoo's folder.
     """
-    command: str
     epochs: int
     version: str
     log: str
@@ -142,8 +141,10 @@ class Card:
 
     Attributes:
         name: the card's file name. architecture: ``module:function``, called with ``num_classes`` and ``architecture_args``.
-        dataset: the data set's name, which is also its folder's. quantization: None for a float network. Others: see their types;
-        None where there is none (weights: not shipped; results: never evaluated; training: no training, or elsewhere).
+        dataset: the data set's name, which is also its folder's. license: of the weights. date: of the card's numbers.
+        preset: of ``granq qat``. command: the one that made the entry, paths replaced by words.
+        quantization: None for a float network. Others: see their types; None where there is none (weights: not shipped; results:
+        never evaluated; training: none, or elsewhere).
     """
     name: str
     architecture: str
@@ -154,6 +155,7 @@ class Card:
     license: str = ""
     date: str | None = None
     preset: str | None = None
+    command: str | None = None
     architecture_args: dict = field(default_factory=dict)
     quantization: Quantization | None = None
     teacher: Teacher | None = None

@@ -1,12 +1,20 @@
-"""Images in memory: CIFAR as ``.npz`` arrays or in torchvision's folders."""
+"""Test and training images: ``.npz`` arrays, torchvision's CIFAR folders, folders of image files."""
 
+import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from zoo.card import Card
+
+if TYPE_CHECKING:
+    from zoo.image_folder import FolderImages
 
 __all__ = ["ImageSet", "load_images", "read_npz"]
 
@@ -19,7 +27,8 @@ class ImageSet:
     """Images and labels.
 
     Attributes:
-        images: uint8 ``[N, 3, H, W]``, RGB. labels: int64 ``[N]``. source: the file or folder they were read from.
+        images: uint8 ``[N, 3, H, W]``, RGB, or grey ``[N, 1, H, W]``.
+        labels: int64 ``[N]``. source: the file or folder they were read from.
         description: what they are, in words without a path.
     """
     images: Tensor
@@ -54,8 +63,8 @@ class ImageSet:
 
 
 def _image_set(x: np.ndarray, y: np.ndarray, source: Path) -> ImageSet:
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3:
-        raise ValueError(f"images in {str(source)!r} must be uint8 [N, H, W, 3], got {x.dtype} {list(x.shape)}")
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] not in (1, 3):
+        raise ValueError(f"images in {str(source)!r} must be uint8 [N, H, W, 3] or [N, H, W, 1], got {x.dtype} {list(x.shape)}")
     if y.shape != (len(x), ) or y.dtype.kind not in "iu":
         raise ValueError(f"labels in {str(source)!r} must be integers [{len(x)}], got {y.dtype} {list(y.shape)}")
     images = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
@@ -63,7 +72,9 @@ def _image_set(x: np.ndarray, y: np.ndarray, source: Path) -> ImageSet:
 
 
 def read_npz(path: str | Path) -> ImageSet:
-    """Read arrays ``x`` (uint8 ``[N, H, W, 3]``, RGB) and ``y`` (integers ``[N]``) from an ``.npz`` file; nothing is unpickled.
+    """Read arrays ``x`` (uint8 ``[N, H, W, 3]``, RGB, or ``[N, H, W, 1]``) and ``y`` (integers ``[N]``) from an ``.npz`` file.
+
+    Nothing is unpickled.
 
     Raises:
         FileNotFoundError: if there is no such file. ValueError: if it is not such a file.
@@ -79,35 +90,88 @@ def read_npz(path: str | Path) -> ImageSet:
     return _image_set(x, y, path)
 
 
-def load_images(data_dir: str | Path, dataset: str, split: str = "test") -> ImageSet:
-    """Load a CIFAR split from a folder.
+def load_images(
+        data_dir: str | Path,
+        dataset: str,
+        split: str = "test",
+        *,
+        card: Card | None = None,
+        download: bool = False) -> "ImageSet | FolderImages":
+    """Load a split of a data set from a folder.
 
-    Looked for, in this order: ``DIR/<dataset>/<split>.npz``, ``DIR/<split>.npz`` (see :func:`read_npz`), and torchvision's
-    ``cifar-10-batches-py`` or ``cifar-100-python`` in ``DIR`` or ``DIR/<dataset>`` (checked by torchvision's MD5 sums).
+    Looked for, in this order: arrays in ``DIR/<dataset>/<split>.npz`` or ``DIR/<split>.npz`` (see :func:`read_npz`); torchvision's
+    ``cifar-10-batches-py`` or ``cifar-100-python`` in ``DIR`` or ``DIR/<dataset>`` (checked by torchvision's MD5 sums); with a
+    card, class folders of image files (:func:`zoo.image_folder.read_folder`) in ``DIR/<dataset>/<split>`` or ``DIR/<split>``, where
+    the test split may be called ``val`` too, ``DIR/<dataset>/val*``, or ``DIR`` itself.
+
+    Args:
+        card: of the network that will see the images: number of classes, size and crop. Needed for other data sets than CIFAR.
+        download: fetch CIFAR with torchvision if it is not there; nothing is left behind where that fails.
 
     Raises:
         FileNotFoundError: listing what was looked for. ValueError: for an unknown data set, or labels out of range.
     """
-    if dataset not in CIFAR_CLASSES:
+    if card is None and dataset not in CIFAR_CLASSES:
         raise ValueError(f"unknown data set {dataset!r}; known: {', '.join(CIFAR_CLASSES)}")
-    root = Path(data_dir)
+    root, classes = Path(data_dir), CIFAR_CLASSES[dataset] if card is None else card.num_classes
     npz = [root / dataset / f"{split}.npz", root / f"{split}.npz"]
-    class_name, folder = _TORCHVISION[dataset]
-    folders = [root / folder, root / dataset / folder]
-    data = next((read_npz(p) for p in npz if p.is_file()), None)
-    if data is None:
+    found = next((p for p in npz if p.is_file()), None)
+    if found is not None:
+        return replace(_with_labels_below(classes, read_npz(found)), description=f"{dataset} {split} images")
+    looked_for = list(npz)
+    if dataset in _TORCHVISION:
+        class_name, folder = _TORCHVISION[dataset]
+        folders = [root / folder, root / dataset / folder]
+        looked_for += folders
         found = next((p for p in folders if p.is_dir()), None)
-        if found is None:
-            looked_for = ", ".join(str(p) for p in npz + folders)
-            raise FileNotFoundError(f"no {dataset} {split} images under {str(root)!r}; looked for: {looked_for}")
-        import torchvision.datasets
+        if found is None and download:
+            found = _download(class_name, root, folder)
+        if found is not None:
+            data = _with_labels_below(classes, _read_torchvision(class_name, found, split))
+            return replace(data, description=f"{dataset} {split} images")
+    elif download:
+        raise ValueError(f"{dataset} cannot be downloaded, only {', '.join(_TORCHVISION)} can")
+    if card is not None:
+        from zoo.image_folder import class_folders, read_folder
+        names = [split, "val"] if split == "test" else [split]
+        candidates = [root / dataset / n for n in names] + [root / n for n in names]
+        looked_for += [f"{p}/CLASS/*" for p in candidates] + ([f"{root / dataset}/val*/CLASS/*"] if split == "test" else [])
+        if split == "test" and (root / dataset).is_dir():
+            candidates += sorted(p for p in (root / dataset).glob("val*") if p not in candidates)
+        candidates.append(root)
+        looked_for.append(f"{root}/CLASS/*")
+        found = next((p for p in candidates if p.is_dir() and class_folders(p)), None)
+        if found is not None:
+            return read_folder(found, card.preprocessing, classes)
+    hint = "; --download fetches it" if dataset in _TORCHVISION else ""
+    raise FileNotFoundError(
+        f"no {dataset} {split} images under {str(root)!r}; looked for: {', '.join(map(str, looked_for))}{hint}")
+
+
+def _with_labels_below(classes: int, data: ImageSet) -> ImageSet:
+    if len(data) and not 0 <= int(data.labels.min()) <= int(data.labels.max()) < classes:
+        raise ValueError(f"labels in {data.source!r} run from {int(data.labels.min())} to {int(data.labels.max())}; "
+                         f"allowed: 0 to {classes - 1}")
+    return data
+
+
+def _read_torchvision(class_name: str, folder: Path, split: str) -> ImageSet:
+    import torchvision.datasets
+    try:
+        stored = getattr(torchvision.datasets, class_name)(folder.parent, train=split == "train")
+    except RuntimeError as e:
+        raise ValueError(f"{str(folder)!r} is incomplete or damaged: {e}") from e
+    return _image_set(stored.data, np.asarray(stored.targets), folder)
+
+
+def _download(class_name: str, root: Path, folder: str) -> Path:
+    """Fetch into a temporary folder beside the final one, which takes its name when it is whole."""
+    import torchvision.datasets
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as part:
         try:
-            stored = getattr(torchvision.datasets, class_name)(found.parent, train=split == "train")
-        except RuntimeError as e:
-            raise ValueError(f"{str(found)!r} is incomplete or damaged: {e}") from e
-        data = _image_set(stored.data, np.asarray(stored.targets), found)
-    if len(data) and not 0 <= int(data.labels.min()) <= int(data.labels.max()) < CIFAR_CLASSES[dataset]:
-        raise ValueError(
-            f"labels in {data.source!r} run from {int(data.labels.min())} to {int(data.labels.max())}; "
-            f"{dataset} has 0 to {CIFAR_CLASSES[dataset] - 1}")
-    return replace(data, description=f"{dataset} {split} images")
+            getattr(torchvision.datasets, class_name)(part, download=True)
+        except (RuntimeError, OSError) as e:
+            raise OSError(f"{class_name} could not be downloaded to {str(root)!r}: {e}") from e
+        os.replace(Path(part, folder), root / folder)
+    return root / folder

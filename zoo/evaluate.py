@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from zoo.card import Preprocessing
 from zoo.data import ImageSet
+from zoo.image_folder import FolderImages
 
-__all__ = ["Accuracy", "evaluate", "input_batches", "wilson_interval"]
+__all__ = ["Accuracy", "default_batch_size", "evaluate", "input_batches", "wilson_interval"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Accuracy:
     def images_per_second(self) -> float:
         return self.total / self.seconds
 
+    def line(self, count: int) -> str:
+        """A count with its percentage and 95 % interval."""
+        low, high = wilson_interval(count, self.total)
+        return f"{100 * count / self.total:6.2f} %  (95 % interval {low:.2f} to {high:.2f})  {count} of {self.total}"
+
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     """The 95 % confidence interval of a proportion, in percent (Wilson 1927): of the accuracy on images of this kind.
@@ -47,6 +53,11 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     centre, half = p + z2n / 2, z * (p * (1 - p) / total + z2n / total / 4)**0.5
     low, high = ((centre - half) / (1 + z2n), (centre + half) / (1 + z2n))
     return 100 * max(low, 0.0), 100 * min(high, 1.0)
+
+
+def default_batch_size(preprocessing: Preprocessing) -> int:
+    """Images of a forward: 250, or 50 of 64 pixels and more."""
+    return 250 if preprocessing.image_size < 64 else 50
 
 
 def input_batches(
@@ -63,7 +74,7 @@ def input_batches(
 @torch.no_grad()
 def evaluate(
         model: nn.Module,
-        data: ImageSet,
+        data: "ImageSet | FolderImages",
         preprocessing: Preprocessing,
         batch_size: int = 250,
         device: torch.device | str = "cpu",

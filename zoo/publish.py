@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from granq_plugin import __version__
 from granq_plugin.atomic import atomic_path, write_text
 from zoo.card import Card, Results, Teacher, Training, Weights
 from zoo.costs import costs
 from zoo.data import ImageSet
-from zoo.evaluate import Accuracy, evaluate
+from zoo.evaluate import Accuracy, default_batch_size, evaluate
 from zoo.packing import pack_network, pack_tensors
 from zoo.registry import from_bytes, get_card, list_models
 from zoo.students import load_run
@@ -28,7 +29,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Entry", "entry_of_run", "results_of", "write_entry"]
+__all__ = ["Entry", "comparison", "entry_of_run", "measured", "write_card", "write_entry"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def entry_of_run(
         *,
         name: str | None = None,
         license: str | None = None,
-        batch_size: int = 250,
+        batch_size: int | None = None,
         progress: Callable[[int], object] | None = None) -> Entry:
     """Pack the network of a finished run and evaluate what was packed.
 
@@ -65,29 +66,60 @@ def entry_of_run(
     entry, network, float_top1 = make(folder, name, license)
     shipped = from_bytes(entry.card, entry.data)
     test_set = load_images(entry.card)
-    first = entry.card.preprocessing(next(test_set.batches(min(batch_size, 50)))[0])
+    first = entry.card.preprocessing(next(test_set.batches(50))[0])
     with torch.no_grad():
         if not torch.equal(shipped(first), network.eval()(first)):
             raise ValueError(f"the packed network of {str(folder)!r} does not return the run's logits")
-    accuracy = evaluate(shipped, test_set, entry.card.preprocessing, batch_size, progress=progress)
-    card = replace(entry.card, results=results_of(accuracy, test_set, float_top1), costs=costs(shipped, entry.card.example_input()))
-    return Entry(card, entry.data, folder)
+    preprocessing = entry.card.preprocessing
+    accuracy = evaluate(shipped, test_set, preprocessing, batch_size or default_batch_size(preprocessing), progress=progress)
+    return Entry(measured(entry.card, shipped, accuracy, test_set, float_top1=float_top1), entry.data, folder)
 
 
-def results_of(accuracy: Accuracy, test_set: ImageSet, float_top1: float | None = None) -> Results:
-    """An evaluation as a card says it."""
-    return Results(
+def measured(
+        card: Card, network: nn.Module, accuracy: Accuracy, test_set: ImageSet, teacher_sha256: str | None = None,
+        float_top1: float | None = None) -> Card:
+    """A card with the results and costs of its network, and the hash of the float weights that were evaluated, if not its own."""
+    results = Results(
         test_set.description, accuracy.total, accuracy.correct, accuracy.correct5, round(accuracy.top1, 2), round(accuracy.top5, 2),
         None if float_top1 is None else round(float_top1, 2))
+    if teacher_sha256 is not None:
+        card = replace(card, teacher=replace(card.teacher or Teacher("a file", "unknown"), sha256=teacher_sha256))
+    return replace(card, results=results, costs=costs(network, card.example_input()), date=datetime.date.today().isoformat())
 
 
-def write_entry(entry: Entry, zoo_dir: str | Path, *, overwrite: bool = False) -> list[Path]:
+def comparison(
+        card: Card, accuracy: Accuracy, test_set: ImageSet, teacher_sha256: str | None, tolerance: int) -> tuple[bool, str]:
+    """Whether an evaluation is the card's, to within ``tolerance`` images, and that in words. What is not comparable agrees."""
+    if card.results is None:
+        return True, "the card has no results to compare with"
+    if teacher_sha256 is not None and teacher_sha256 != (card.teacher and card.teacher.sha256):
+        return True, "not compared with the card, which is of other weights"
+    if (card.results.images, card.results.data) != (accuracy.total, test_set.description):
+        return True, f"not compared with the card, which is of {card.results.images} images: {card.results.data}"
+    distances = [abs(accuracy.correct - card.results.correct), abs(accuracy.correct5 - card.results.correct5)]
+    said = f"card: {card.results.correct} and {card.results.correct5} of {card.results.images}; tolerance: "
+    said += f"{tolerance} images" if tolerance else "equal counts"
+    return max(distances) <= tolerance, f"{'equal to' if not max(distances) else 'differs from'} the {said}"
+
+
+def write_card(card: Card, reference: str, zoo_dir: str | Path | None = None) -> Path:
+    """Write the card of an entry, or of a card file, back; returns the path."""
+    path = Path(reference) if reference.endswith(".toml") else _root(zoo_dir) / "cards" / f"{card.name}.toml"
+    write_text(path, card.to_toml())
+    return path
+
+
+def _root(zoo_dir: str | Path | None) -> Path:
+    return Path(__file__).parent if zoo_dir is None else Path(zoo_dir)
+
+
+def write_entry(entry: Entry, zoo_dir: str | Path | None = None, *, overwrite: bool = False) -> list[Path]:
     """Write an entry's files, the card last; returns them. Each is whole or not there.
 
     Raises:
         ValueError: if the zoo has an entry of that name with weights, unless ``overwrite``. OSError: if a file cannot be written.
     """
-    root, name = Path(zoo_dir), entry.card.name
+    root, name = _root(zoo_dir), entry.card.name
     if not overwrite and name in list_models("*", root) and get_card(name, root).weights is not None:
         raise ValueError(f"the zoo in {str(root)!r} has an entry {name!r} with weights already; --overwrite replaces it")
     files = [root / "pretrained" / f"{name}.safetensors", root / entry.card.training.log]
@@ -121,13 +153,12 @@ def _student_entry(folder: Path, name: str | None, license: str | None):
     options += [f"--activations {student.activations} --weight-regime {student.weight_regime}"]
     options += ["--learned-scale"] if student.learned_scale else []
     options += [f"--config configs/{name}.toml --weights FILE"] + (["--images FILE"] if run.get("images_sha256") else [])
-    training = Training(
-        f"granq qat {base.name} {' '.join(options)} --out RUN_DIR", settings["epochs"], run.get("version", __version__),
-        f"logs/{name}.csv", f"configs/{name}.toml")
+    command = f"granq qat {base.name} {' '.join(options)} --out RUN_DIR"
+    training = Training(settings["epochs"], run.get("version", __version__), f"logs/{name}.csv", f"configs/{name}.toml")
     words = (f"{base.name}, {student.quantization.bits}, {student.weight_regime} weights, {student.activations} activations, "
              "zero-shot QAT")
     card = replace(
-        _described(base, name, data, license or teacher.license, training), description=words, teacher=teacher,
+        _described(base, name, data, license or teacher.license, command, training), description=words, teacher=teacher,
         quantization=student.quantization)
     return Entry(card, data, folder), network, run.get("float_top1")
 
@@ -145,16 +176,16 @@ def _teacher_entry(folder: Path, name: str | None, license: str | None):
     config = folder / "config.toml"
     settings = tomllib.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     training = Training(
-        _without_paths(run["command"]), settings.get("epochs", run.get("epochs", 0)), run.get("version", __version__),
+        settings.get("epochs", run.get("epochs", 0)), run.get("version", __version__),
         f"logs/{name}.csv", f"configs/{name}.toml" if config.is_file() else None)
-    card = _described(base, name, data, license or "BSD-3-Clause", training)
+    card = _described(base, name, data, license or "BSD-3-Clause", _without_paths(run["command"]), training)
     return Entry(replace(card, description=f"{base.name}, float, trained by granq train-teacher"), data, folder), network, None
 
 
-def _described(base: Card, name: str, data: bytes, license: str, training: Training) -> Card:
+def _described(base: Card, name: str, data: bytes, license: str, command: str, training: Training) -> Card:
     return Card(
         name=name, architecture=base.architecture, architecture_args=base.architecture_args, dataset=base.dataset,
-        num_classes=base.num_classes, preprocessing=base.preprocessing, preset=base.preset, license=license,
+        num_classes=base.num_classes, preprocessing=base.preprocessing, preset=base.preset, command=command, license=license,
         date=datetime.date.today().isoformat(), training=training,
         weights=Weights(hashlib.sha256(data).hexdigest(), len(data), license))
 

@@ -10,12 +10,19 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zoo.card import Card
+from zoo.card import Card, Preprocessing
 
 if TYPE_CHECKING:  # the command line reads this file without torch
     from torch import nn
 
-__all__ = ["Card", "get_card", "get_model", "list_models", "read_weights"]
+__all__ = ["Card", "card_of", "get_card", "get_model", "list_models", "read_weights", "teacher_of"]
+
+DATASETS = {
+    "cifar10": (10, Preprocessing(32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))),
+    "cifar100": (100, Preprocessing(32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))),
+    "imagenet": (1000, Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=256)),
+}
+"""Classes and usual preprocessing, for networks without a card: channel statistics of the training images; torchvision's."""
 
 
 def _root(zoo_dir: str | Path | None):
@@ -49,6 +56,43 @@ def get_card(name: str, zoo_dir: str | Path | None = None) -> Card:
         near = difflib.get_close_matches(name, names, cutoff=0.3) or names
         raise ValueError(f"no zoo entry {name!r}; did you mean: {', '.join(near)}")
     return Card.from_toml(name, _root(zoo_dir).joinpath("cards", f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def card_of(reference: str, dataset: str | None = None) -> Card:
+    """The card of a float network: an entry's name, a card file ``PATH.toml``, or ``module:function`` of the user's own.
+
+    A function is called with ``num_classes`` and returns a float ``nn.Module``; the rest is usual for ``dataset``, one of DATASETS.
+
+    Raises:
+        ValueError, FileNotFoundError: see :func:`get_card`; ValueError for a quantized entry, and for a function without a known
+            data set, or a data set for anything else.
+    """
+    if ":" in reference and not reference.endswith(".toml"):
+        if dataset not in DATASETS:
+            raise ValueError(f"{reference!r} needs a data set, one of {', '.join(DATASETS)}, got {dataset!r}; for others, or "
+                             "other preprocessing, write a card file")
+        num_classes, preprocessing = DATASETS[dataset]
+        return Card(reference.split(":")[1], reference, dataset, num_classes, preprocessing)
+    card = get_card(reference)
+    if dataset not in (None, card.dataset):
+        raise ValueError(f"{reference!r} is a network for {card.dataset}, got data set {dataset!r}")
+    if card.quantization is not None:
+        raise ValueError(f"{reference!r} is quantized already: start from a float network")
+    return card
+
+
+def teacher_of(card: Card, weights: str | Path | None = None) -> tuple[nn.Module, str]:
+    """The float network of a card with the weights of a file, or those that the zoo ships, and the SHA-256 of the file.
+
+    Raises:
+        ValueError, FileNotFoundError: see :func:`read_weights` and :func:`zoo.weights.load_weights`.
+    """
+    if weights is None:
+        return from_bytes(card, read_weights(card)), card.weights.sha256
+    from zoo.weights import load_weights, sha256
+    network = card.build()
+    load_weights(network, weights)
+    return network, sha256(weights)
 
 
 def read_weights(card: Card, zoo_dir: str | Path | None = None) -> bytes:
@@ -97,11 +141,7 @@ def get_model(
     if pretrained:
         model = from_bytes(card, read_weights(card, zoo_dir))
     else:
-        model = card.build()
-        if weights is not None:
-            from zoo.weights import load_weights
-            load_weights(model, weights)
-        model = quantized(card, model)
+        model = quantized(card, card.build() if weights is None else teacher_of(card, weights)[0])
     model.card = card
     return model
 

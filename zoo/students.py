@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,6 +91,8 @@ def load_run(run_dir: str | Path) -> tuple[Student, nn.Module, dict]:
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         student = Student(**{k: run[k] for k in asdict(Student("", 1, 1))})
+        if student.network == "card.toml":  # of the user's own network, kept in the run's folder
+            student = replace(student, network=str(folder / "card.toml"))
         expected = run["student_sha256"]
     except (json.JSONDecodeError, KeyError) as e:
         raise ValueError(f"{str(folder / 'run.json')!r} is not what granq qat writes: {e!r}") from e

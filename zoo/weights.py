@@ -44,26 +44,38 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return {str(k).removeprefix("module."): v for k, v in entries.items()}
 
 
-# The same network under other names: (theirs, ours), of chenyaofo/pytorch-cifar-models.
-_RENAMED = (("downsample.", "shortcut."), ("fc.", "linear."))
+# The same network under other names, as (theirs, ours): regular expressions on whole names, applied one after the other.
+_CHENYAOFO = ((r"(^|\.)downsample\.", r"\1shortcut."), (r"^fc\.", "linear."))
+_PYTORCHCV = (
+    (r"^features\.init_block\.(?:conv\.)?conv\.", "conv1."), (r"^features\.init_block\.(?:conv\.)?bn\.", "bn1."),
+    (r"^features\.stage(\d+)\.unit(\d+)\.", lambda m: f"layer{m[1]}.{int(m[2]) - 1}."),
+    (r"\.body\.conv(\d)\.conv\.", r".conv\1."), (r"\.body\.conv(\d)\.bn\.", r".bn\1."),
+    (r"\.identity_conv\.conv\.", ".shortcut.0."), (r"\.identity_conv\.bn\.", ".shortcut.1."), (r"^output\.", "linear."))
+_TORCHVISION = ((r"\.shortcut\.", ".downsample."), (r"^linear\.", "fc."))
+_LAYOUTS = ((), _CHENYAOFO, _PYTORCHCV, (*_PYTORCHCV, *_TORCHVISION), _TORCHVISION)
 
 
-def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for theirs, ours in _RENAMED:
-        state = {re.sub(rf"(^|\.){re.escape(theirs)}", rf"\1{ours}", k): v for k, v in state.items()}
+def _renamed(state: dict[str, Tensor], layout: tuple) -> dict[str, Tensor]:
+    for theirs, ours in layout:
+        state = {re.sub(theirs, ours, k): v for k, v in state.items()}
     return state
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a file's weights into ``model``, all of them or none. Names may be those of chenyaofo/pytorch-cifar-models.
+    """Load a file's weights into ``model``, all of them or none.
+
+    ResNets may have the names of akamaster/pytorch_resnet_cifar10, chenyaofo/pytorch-cifar-models, pytorchcv or torchvision,
+    whichever the model's own are. Shortcuts must be of one kind: padding (akamaster's) has no weights, 1x1 convolutions do.
+    Names do not tell where a bottleneck has its stride: pytorchcv's ``resnet50`` has it in the first convolution, ``resnet50b`` and
+    torchvision in the second; load the former into pytorchcv's own function.
 
     Raises:
         FileNotFoundError, ValueError: see :func:`read_state_dict`; ValueError also for weights of another architecture.
     """
     state, expected = read_state_dict(path), model.state_dict()
-    if not expected.keys() <= state.keys() and expected.keys() <= (renamed := _renamed(state)).keys():
-        state = renamed
-    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
+    needed = {k for k in expected if not k.endswith("num_batches_tracked")}
+    state = next((named for named in (_renamed(state, layout) for layout in _LAYOUTS) if needed <= named.keys()), state)
+    missing = [k for k in expected if k in needed and k not in state]
     unexpected = [k for k in state if k not in expected]
     shapes = [k for k in expected if k in state and state[k].shape != expected[k].shape]
     if missing or unexpected or shapes:

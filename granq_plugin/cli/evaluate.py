@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
-from granq_plugin.cli.options import BitWidth, input_errors, open_device
-from zoo.students import WEIGHT_REGIMES
+from granq_plugin.cli.options import BitWidth, input_errors, open_card, open_device
+from zoo.quantization import WEIGHT_REGIMES
 
 __all__ = ["evaluate"]
 
@@ -24,23 +24,25 @@ __all__ = ["evaluate"]
               help="How many of them, drawn with a fixed seed.")
 @click.option("--data", type=click.Path(path_type=Path), metavar="DIR", envvar="GRANQ_DATA", show_envvar=True,
               help="Folder with the test images: DATASET/test.npz, or torchvision's folders.")
-@click.option("--weights", type=click.Path(path_type=Path), metavar="FILE", required=True,
-              help="Float weights: .safetensors or a torch state dict.")
+@click.option("--weights", type=click.Path(path_type=Path), metavar="FILE",
+              help="Float weights: .safetensors or a torch state dict  [default: those that the zoo ships].")
+@click.option("--dataset", metavar="NAME", help="For module:function: the data set (cifar10, cifar100, imagenet).")
 @click.option("--batch-size", type=click.IntRange(min=1), default=250, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="torch device, e.g. cuda.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's].")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Also write the result there.")
 def evaluate(name, weight_bits, act_bits, weight_regime, static, calibration_data, calibration_images, data, weights,
-             batch_size, device, threads, json_path) -> None:
-    """Quantize a zoo network (no training) and print its top-1 accuracy beside the float one's.
+             dataset, batch_size, device, threads, json_path) -> None:
+    """Quantize a network (no training) and print its top-1 accuracy beside the float one's.
+
+    NAME is a float zoo entry, a card file PATH.toml, or module:function of your own.
 
     \b
     Example:
       granq evaluate resnet20_cifar10 --weight-bits 4 --act-bits 4 --data DIR --weights resnet20.pt
     """
     with input_errors():
-        from zoo import get_card
-        card = get_card(name)
+        card = open_card(name, dataset)
     if data is None:
         raise click.UsageError("no data folder: give --data DIR or set GRANQ_DATA")
     if static != (calibration_data is not None):
@@ -57,14 +59,14 @@ def evaluate(name, weight_bits, act_bits, weight_regime, static, calibration_dat
     import zoo.evaluate
     import zoo.weights
     from granq_plugin.atomic import write_text
+    from zoo.registry import teacher_of
 
     with input_errors():
         device = open_device(device)
         if threads:
             torch.set_num_threads(threads)
-        test_set = zoo.data.load_images(data, card.dataset)
-        model = card.build()
-        zoo.weights.load_weights(model, weights)
+        test_set = zoo.data.load_images(data, card.dataset, card=card)
+        model, weights_sha256 = teacher_of(card, weights)
         quantized = granq_plugin.quantize(
             model, weight_bits, act_bits, weight_quant=getattr(granq_plugin, WEIGHT_REGIMES[weight_regime]))
         if static:
@@ -89,7 +91,7 @@ def evaluate(name, weight_bits, act_bits, weight_regime, static, calibration_dat
             weight_regime=weight_regime, activations=activations,
             calibration_images=len(chosen) if static else None,
             calibration_data_sha256=zoo.weights.sha256(calibration_data) if static else None,
-            weights_sha256=zoo.weights.sha256(weights),
+            weights_sha256=weights_sha256,
             float_top1=results["float"].top1, float_top5=results["float"].top5,
             quantized_top1=results["quantized"].top1, quantized_top5=results["quantized"].top5,
             float_images_per_second=results["float"].images_per_second,

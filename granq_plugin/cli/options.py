@@ -2,11 +2,14 @@
 
 import contextlib
 import json
+import os
+import sys
 from pathlib import Path
 
 import click
 
-__all__ = ["BitWidth", "input_errors", "open_device", "settings_from"]
+__all__ = ["BitWidth", "input_errors", "join_ranks", "open_card", "open_device", "settings_from"]
+
 
 
 @contextlib.contextmanager
@@ -42,6 +45,25 @@ def open_device(name: str):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"device {name!r} is not available here: {str(e).splitlines()[0]}") from e
+    return device
+
+
+def open_card(name: str, dataset: str | None):
+    """The card of a float network: see :func:`zoo.registry.card_of`. Functions are looked for in the working folder, too."""
+    from zoo.registry import card_of
+    if ":" in name:
+        sys.path.insert(0, os.getcwd())
+    return card_of(name, dataset)
+
+
+def join_ranks(device: str) -> str:
+    """Under torchrun, join the process group; returns this rank's device."""
+    import torch.distributed as dist
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        on_gpu = device.startswith("cuda")
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
     return device
 
 

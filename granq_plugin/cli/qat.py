@@ -1,14 +1,13 @@
 """``granq qat``."""
 
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from granq_plugin.cli.options import BitWidth, input_errors, open_device, settings_from
-from zoo.students import ACTIVATIONS, WEIGHT_REGIMES, Student, calibrator
+from granq_plugin.cli.options import BitWidth, input_errors, join_ranks, open_card, open_device, settings_from
+from zoo.quantization import ACTIVATIONS, WEIGHT_REGIMES, Quantization
 
 __all__ = ["qat"]
 
@@ -24,8 +23,9 @@ def _help_of_settings(context: click.Context, _, value: bool) -> None:
 @click.argument("name")
 @click.option("--out", type=click.Path(path_type=Path), metavar="RUN_DIR", required=True,
               help="Folder for everything that the run leaves; a new one, or with --resume that of the same run.")
-@click.option("--weights", type=click.Path(path_type=Path), metavar="FILE", required=True,
-              help="The float teacher's weights: .safetensors or a torch state dict.")
+@click.option("--weights", type=click.Path(path_type=Path), metavar="FILE",
+              help="The float teacher's weights: .safetensors or a torch state dict  [default: those that the zoo ships].")
+@click.option("--dataset", metavar="NAME", help="For module:function: the data set (cifar10, cifar100, imagenet).")
 @click.option("--weight-bits", type=BitWidth(), default=4, show_default=True, help="Bit width of the weights, 1 to 16.")
 @click.option("--act-bits", type=BitWidth(), default=4, show_default=True, help="Bit width of the activations, 1 to 16.")
 @click.option("--activations", type=click.Choice(ACTIVATIONS), default="dynamic", show_default=True,
@@ -34,7 +34,7 @@ def _help_of_settings(context: click.Context, _, value: bool) -> None:
               help="Granularity of the weights; per-kernel is for comparison with the paper only  [default: per-output-channel; "
               "with folded activations per-output-channel-symmetric].")
 @click.option("--learned-scale", is_flag=True, help="With static activations: frozen scales go on learning.")
-@click.option("--preset", "preset_name", metavar="NAME", help="Named settings  [default: the data set's fast ones].")
+@click.option("--preset", "preset_name", metavar="NAME", help="Named settings  [default: the card's, or the data set's fast ones].")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE",
               help="TOML file of settings that differ from the preset's.")
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="One more setting; may be repeated.")
@@ -50,9 +50,11 @@ def _help_of_settings(context: click.Context, _, value: bool) -> None:
 @click.option("--device", default="cpu", show_default=True, help="torch device; under torchrun, cuda means each rank's own.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's].")
 @click.option("--tensorboard", is_flag=True, help="Also write metrics for TensorBoard to RUN_DIR/tensorboard.")
-def qat(name, out, weights, weight_bits, act_bits, activations, weight_regime, learned_scale, preset_name, config_file, assignments,
-        images_file, data, evaluate_every, resume, device, threads, tensorboard) -> None:
-    """Train a low-bit zoo network without data: a generator invents images, the float network teaches.
+def qat(name, out, weights, dataset, weight_bits, act_bits, activations, weight_regime, learned_scale, preset_name, config_file,
+        assignments, images_file, data, evaluate_every, resume, device, threads, tensorboard) -> None:
+    """Train a low-bit network without data: a generator invents images, the float network teaches.
+
+    NAME is a float zoo entry, a card file PATH.toml, or module:function of your own.
 
     RUN_DIR gets config.toml, run.json, metrics.csv, checkpoint.pt, student.safetensors, images.png and curves.png. Under torchrun
     all ranks share the batch.
@@ -63,8 +65,8 @@ def qat(name, out, weights, weight_bits, act_bits, activations, weight_regime, l
     """
     with input_errors():
         regime = weight_regime or ("per-output-channel-symmetric" if activations == "folded" else "per-output-channel")
-        described = Student(name, weight_bits, act_bits, regime, activations, learned_scale)
-        card = described.card
+        quantization = Quantization(weight_bits, act_bits, regime, activations, learned_scale)
+        card = open_card(name, dataset)
     if activations == "folded" and images_file is None:
         raise click.UsageError("--activations folded needs --images FILE, for ranges to fold: those of a run with memory_size")
     if evaluate_every and data is None:
@@ -76,27 +78,29 @@ def qat(name, out, weights, weight_bits, act_bits, activations, weight_regime, l
     import zoo.data
     import zoo.evaluate
     import zoo.weights
+    from granq_plugin.atomic import write_text
     from granq_plugin.zero_shot import parallel, zero_shot_qat
     from granq_plugin.zero_shot.outcome import save_outcome, save_tensors
+    from zoo.registry import list_models, teacher_of
+    from zoo.students import calibrator
 
     with input_errors():
         config = _settings(card, preset_name, config_file, assignments)
         if threads:
             torch.set_num_threads(threads)
-        device = open_device(_join_ranks(device))
-        teacher = card.build()
-        zoo.weights.load_weights(teacher, weights)
+        device = open_device(join_ranks(device))
+        teacher, teacher_sha256 = teacher_of(card, weights)
         images = None if images_file is None else zoo.weights.read_state_dict(images_file).get("images")
         if images_file is not None and images is None:
             raise ValueError(f"{str(images_file)!r} holds no tensor 'images'")
-        test_set = None if data is None else zoo.data.load_images(data, card.dataset)
+        test_set = None if data is None else zoo.data.load_images(data, card.dataset, card=card)
         calibrated = {}  # a folded network is rebuilt from what it was folded from
 
         def calibrate(prepared):
             prepared = calibrator(images.float().split(250)[:8])(prepared)
             calibrated.update({k: v.clone() for k, v in prepared.state_dict().items() if isinstance(v, torch.Tensor)})
             return prepared
-        student = described.build(teacher, calibrate)
+        student = quantization.build(teacher, card.example_input(), calibrate)
         writer = _tensorboard(out) if tensorboard and parallel.rank() == 0 else None
 
     def top1(network) -> float:
@@ -125,12 +129,15 @@ def qat(name, out, weights, weight_bits, act_bits, activations, weight_regime, l
             on_epoch=on_epoch)
     if parallel.rank() > 0:
         return
-    summary = asdict(described) | dict(
-        dataset=card.dataset, teacher_weights_sha256=zoo.weights.sha256(weights),
+    in_zoo = name in list_models()
+    summary = dict(network=name if in_zoo else "card.toml") | asdict(quantization) | dict(
+        dataset=card.dataset, teacher_weights_sha256=teacher_sha256,
         images_sha256=None if images_file is None else zoo.weights.sha256(images_file))
     if test_set:
         summary |= dict(test_images=len(test_set), float_top1=top1(teacher), top1=result.metrics[-1]["accuracy"])
     with input_errors():
+        if not in_zoo:
+            write_text(out / "card.toml", card.to_toml())
         if calibrated:
             save_tensors(out / "calibrated.safetensors", calibrated)
         save_outcome(out, result, summary, card.preprocessing.mean, card.preprocessing.std)
@@ -145,21 +152,10 @@ def qat(name, out, weights, weight_bits, act_bits, activations, weight_regime, l
 def _settings(card, preset_name: str | None, config_file: Path | None, assignments: tuple[str, ...]):
     """Preset, then file, then single settings; classes must match the card's."""
     from granq_plugin.zero_shot import preset
-    config = preset(preset_name or f"{card.dataset}_fast")
+    config = preset(preset_name or card.preset or f"{card.dataset}_fast")
     if config.num_classes != card.num_classes:
         raise ValueError(f"preset {preset_name!r} is for {config.num_classes} classes, {card.name} has {card.num_classes}")
     return settings_from(config, config_file, assignments)
-
-
-def _join_ranks(device: str) -> str:
-    """Under torchrun, join the process group; returns this rank's device."""
-    import torch.distributed as dist
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        on_gpu = device.startswith("cuda")
-        dist.init_process_group("nccl" if on_gpu else "gloo")
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-    return device
 
 
 def _tensorboard(out: Path):

@@ -52,11 +52,11 @@ def test_missing_data_says_what_was_looked_for(tmp_path):
 
 
 @pytest.mark.parametrize("x, y, message", [
-    (arrays()[0].astype(np.float32), arrays()[1], r"must be uint8 \[N, H, W, 3\], got float32"),
+    (arrays()[0].astype(np.float32), arrays()[1], r"must be uint8 \[N, H, W, 3\] or \[N, H, W, 1\], got float32"),
     (arrays()[0].transpose(0, 3, 1, 2), arrays()[1], r"got uint8 \[6, 3, 32, 32\]"),
     (arrays()[0], arrays()[1][:5], r"labels .* must be integers \[6\], got int64 \[5\]"),
     (arrays()[0], arrays()[1] / 2, "got float64"),
-    (arrays()[0], arrays()[1] + 7, "labels .* run from .* cifar10 has 0 to 9"),
+    (arrays()[0], arrays()[1] + 7, "labels .* run from .*; allowed: 0 to 9"),
 ])
 def test_bad_arrays_are_described(tmp_path, x, y, message):
     np.savez(tmp_path / "test.npz", x=x, y=y)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["CifarResNet", "convolution_shortcuts", "resnet20"]
+__all__ = ["CifarResNet", "convolution_shortcuts", "resnet20", "resnet56"]
 
 
 class PaddingShortcut(nn.Module):
@@ -88,6 +88,11 @@ class CifarResNet(nn.Module):
 def resnet20(num_classes: int = 10, shortcut: str = "B") -> CifarResNet:
     """ResNet-20: 0.27 M parameters, 41 M multiply-adds at 32x32."""
     return CifarResNet(20, num_classes, shortcut)
+
+
+def resnet56(num_classes: int = 10, shortcut: str = "B") -> CifarResNet:
+    """ResNet-56: 0.85 M parameters, 126 M multiply-adds at 32x32."""
+    return CifarResNet(56, num_classes, shortcut)
 
 
 def convolution_shortcuts(model: nn.Module, inplace: bool = False) -> nn.Module:
