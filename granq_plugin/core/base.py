@@ -4,6 +4,7 @@ from brevitas.core.bit_width import BitWidthConst
 from torch import Tensor, nn
 
 from granq_plugin import functional as GF
+from granq_plugin.kernels import Before
 
 __all__ = ["ActClamp", "GranQBase"]
 
@@ -33,10 +34,12 @@ class ActClamp(nn.Module):
         super().__init__()
         self.min_val, self.max_val = min_val, max_val
 
+    def after(self, relu: bool) -> Before:
+        """This clamp, after a ReLU if there is one."""
+        return Before(relu, self.min_val, self.max_val)
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.min_val is None and self.max_val is None:
-            return x
-        return x.clamp(self.min_val, self.max_val)
+        return self.after(False).apply(x)
 
     def extra_repr(self) -> str:
         return f"min_val={self.min_val}, max_val={self.max_val}"

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from granq_plugin import functional as GF
+from granq_plugin import kernels
 from granq_plugin.core.base import ActClamp, GranQBase
 
 __all__ = ["DynamicGranQ"]
@@ -21,7 +22,12 @@ class DynamicGranQ(GranQBase):
 
     Returns:
         ``(value, scale, zero_point, bit_width)``; a 0-d input (Brevitas's sentinel) comes back as it is, with unit scale.
+
+    Note:
+        ``quantizer(x, relu=True)`` is ``quantizer(torch.relu(x))`` in one pass (:func:`granq_plugin.kernels.granq`).
     """
+
+    fuses_relu = True
 
     def __init__(
             self,
@@ -39,12 +45,14 @@ class DynamicGranQ(GranQBase):
         self.channel_axis = channel_axis
         self.check_finite = check_finite
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, relu: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         bit_width = self.msb_clamp_bit_width_impl()
         if x.dim() == 0:
             return x, torch.ones_like(x), torch.zeros_like(x), bit_width
-        x = self.clamp(x)
+        before = self.clamp.after(relu)
+        if self.check_finite or self.observer_only:
+            x, before = before.apply(x), kernels.IDENTITY
         if self.check_finite:
             GF.check_finite(x)
-        value, scale, zero_point = GF.granq(x, self.bit_width, self.channel_axis)
+        value, scale, zero_point = kernels.granq(x, self.bit_width, self.channel_axis, before)
         return (x if self.observer_only else value), scale, zero_point, bit_width

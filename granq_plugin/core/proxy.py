@@ -19,7 +19,15 @@ class _FusedActivation(nn.Module):
         self.tensor_quant = tensor_quant
 
     def forward(self, x: Tensor):
+        if self._fuses():
+            return self.tensor_quant(x, relu=True)
         return self.tensor_quant(self.activation_impl(x))
+
+    def _fuses(self) -> bool:
+        """Whether the quantizer can do the ReLU too, and no hook wants to see what lies between."""
+        return type(self.activation_impl) is nn.ReLU and getattr(self.tensor_quant, "fuses_relu", False) and not any(
+            hooks for module in (self.activation_impl, self.tensor_quant)
+            for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 class GranQActProxy(ActQuantProxyFromInjector):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from granq_plugin import functional as GF
+from granq_plugin import kernels
 from granq_plugin.core.base import GranQBase
 
 __all__ = ["MinMaxWeightQuant", "PerKernelGranQ"]
@@ -52,4 +53,4 @@ class PerKernelGranQ(GranQBase):
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return *GF.granq(x, self.bit_width), self.msb_clamp_bit_width_impl()
+        return *kernels.granq(x, self.bit_width), self.msb_clamp_bit_width_impl()

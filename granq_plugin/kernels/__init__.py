@@ -1,0 +1,87 @@
+"""Fused versions of the quantizers of :mod:`granq_plugin.functional`: the same results, bit for bit, at the price of a copy.
+
+On CPU a small C++ kernel that the system's compiler builds on first use (:mod:`~granq_plugin.kernels.native`). Everything else
+(layouts it does not know, tracing, export, vmap, ``torch.compile``, no compiler) runs the operations of ``functional``. The
+environment variable ``GRANQ_KERNEL`` forces one: "eager", "compiled" or "triton".
+"""
+
+import os
+
+import torch
+from torch import Tensor, nn
+
+from granq_plugin import functional as GF
+from granq_plugin.functional import GranQResult
+from granq_plugin.kernels.layout import IDENTITY, Before, Layout, layout_of
+
+__all__ = ["BACKENDS", "IDENTITY", "Before", "backend", "granq", "why_not_compiled"]
+
+BACKENDS = ("eager", "compiled", "triton")
+_PLAIN = (Tensor, nn.Parameter)  # subclasses (fake tensors, DTensor...) see torch's operations
+
+
+def forced() -> str | None:
+    """What ``GRANQ_KERNEL`` asks for, None where it is not set. Raises a ValueError for an unknown name."""
+    name = os.environ.get("GRANQ_KERNEL")
+    if name and name not in BACKENDS:
+        raise ValueError(f"GRANQ_KERNEL must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name or None
+
+
+def why_not_compiled(dtype: torch.dtype = torch.float32) -> str | None:
+    """Why the CPU kernel cannot be used for values of dtype: None if it can. Builds it if need be."""
+    from granq_plugin.kernels import native
+    return native.problem(dtype)
+
+
+def backend(x: Tensor, channel_axis: int = 1) -> str:
+    """Which of "eager", "compiled" and "triton" quantizes x.
+
+    Raises:
+        ValueError: see GRANQ_KERNEL above. RuntimeError: it asks for a kernel that cannot be had here, saying why.
+    """
+    return _choose(x, channel_axis)[0]
+
+
+def _choose(x: Tensor, channel_axis: int) -> tuple[str, Layout | None]:
+    if torch.compiler.is_compiling() or _is_observed() or type(x) not in _PLAIN:
+        return "eager", None
+    name = forced()
+    if name == "eager":
+        return name, None
+    layout = layout_of(x, channel_axis) if x.layout == torch.strided and x.is_floating_point() else None
+    if layout is None or not x.is_cpu or x.is_neg():
+        return "eager", None
+    problem = why_not_compiled(x.dtype)
+    if problem is None:
+        return "compiled", layout
+    if name == "compiled":
+        raise RuntimeError(f"GRANQ_KERNEL=compiled, but: {problem}")
+    return "eager", None
+
+
+def _is_observed() -> bool:
+    """Whether something other than autograd looks at the operations: tracing, dispatch modes, function transforms."""
+    return bool(torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
+
+
+def granq(x: Tensor, bit_width: int, channel_axis: int = 1, before: Before = IDENTITY) -> GranQResult:
+    """:func:`granq_plugin.functional.granq` of ``before.apply(x)``: ReLU, clamp, ranges, quantization and the gradient, fused.
+
+    Args:
+        x, bit_width, channel_axis: see :func:`granq_plugin.functional.granq`.
+        before: a ReLU and a clamp to do first.
+
+    Returns:
+        :class:`~granq_plugin.functional.GranQResult`. Keeps one bit of each value for the backward of a ReLU or clamp, and
+        nothing without.
+
+    Raises:
+        TypeError, ValueError: as there; see also :func:`backend`.
+    """
+    if isinstance(x, Tensor):
+        chosen, layout = _choose(x, channel_axis)
+        if chosen == "compiled":
+            from granq_plugin.kernels import compiled
+            return compiled.granq(x, GF.check_bit_width(bit_width), layout, before)
+    return GF.granq(before.apply(x), bit_width, channel_axis)

@@ -1,0 +1,105 @@
+"""How a tensor lies in memory, as the kernels see it, and what is done to its values before they are quantized."""
+
+import math
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["IDENTITY", "Before", "Layout", "layout_of"]
+
+
+class Layout(NamedTuple):
+    """A tensor as ``[samples, outer, channels, inner]`` in memory. Ranges are per (sample, channel).
+
+    Attributes:
+        samples, outer, channels, inner: outer == 1 is the contiguous layout, inner == 1 channels_last.
+        memory_format: of the tensor. scale_shape: of its scales.
+    """
+    samples: int
+    outer: int
+    channels: int
+    inner: int
+    memory_format: torch.memory_format
+    scale_shape: tuple[int, ...]
+
+
+def layout_of(x: Tensor, channel_axis: int) -> Layout | None:
+    """The layout of a dense tensor with values and a channel axis; None for any other."""
+    shape, dim = x.shape, x.dim()
+    axis = channel_axis + dim if channel_axis < 0 else channel_axis
+    if not 0 < axis < dim or x.numel() == 0:
+        return None
+    if dim == 2:
+        return Layout(shape[0], 1, 1, shape[1], torch.contiguous_format, (shape[0], 1)) if x.is_contiguous() else None
+    scale_shape = tuple(n if d in (0, axis) else 1 for d, n in enumerate(shape))
+    if x.is_contiguous():
+        outer, inner = math.prod(shape[1:axis]), math.prod(shape[axis + 1:])
+        if outer != 1 and inner != 1:
+            return None
+        return Layout(shape[0], outer, shape[axis], inner, torch.contiguous_format, scale_shape)
+    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(dim)
+    if axis == 1 and memory_format and x.is_contiguous(memory_format=memory_format):
+        return Layout(shape[0], math.prod(shape[2:]), shape[1], 1, memory_format, scale_shape)
+    return None
+
+
+class Before(NamedTuple):
+    """What happens to a value before it is quantized: ReLU, then a clamp; either may be missing.
+
+    Attributes:
+        relu: whether there is a ReLU. min_val, max_val: ends of the clamp, or None.
+    """
+    relu: bool = False
+    min_val: float | None = None
+    max_val: float | None = None
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The same as separate operations of torch."""
+        if self.relu:
+            x = torch.relu(x)
+        if self.min_val is not None or self.max_val is not None:
+            x = x.clamp(self.min_val, self.max_val)
+        return x
+
+    def limits(self, dtype: torch.dtype) -> tuple[int, float, float, float, float, int]:
+        """``(clamp, low, high, above, below, nan)``: values are clamped to [low, high] if clamp is set; the gradient passes
+        strictly between above and below (NaN: no limit), and for NaN if nan is set."""
+        return _limits(self, dtype)
+
+
+@lru_cache(maxsize=256)
+def _limits(before: Before, dtype: torch.dtype) -> tuple[int, float, float, float, float, int]:
+    def in_dtype(v: float) -> float:
+        return torch.tensor(v, dtype=dtype).item()
+
+    def beyond(limit: float, end: float) -> float:
+        if not _gradient_passes_at_limits():
+            return limit
+        wide = torch.promote_types(dtype, torch.float32)
+        return torch.nextafter(torch.tensor(limit, dtype=wide), torch.tensor(end, dtype=wide)).item()
+
+    low, high, above, below = -math.inf, math.inf, math.nan, math.nan
+    if before.min_val is not None:
+        low = in_dtype(before.min_val)
+        above = beyond(low, -math.inf)
+    if before.max_val is not None:
+        high = in_dtype(before.max_val)
+        below = beyond(high, math.inf)
+    clamped = before.min_val is not None or before.max_val is not None
+    if before.relu:
+        low, above = max(low, 0.0), 0.0 if math.isnan(above) else max(above, 0.0)
+    low = min(low, high)  # where the ends are crossed torch.clamp gives the upper one
+    return int(before.relu or clamped), low, high, above, below, int(not clamped)
+
+
+@cache
+def _gradient_passes_at_limits() -> bool:
+    """Whether torch's clamp hands on the gradient of a value that equals a limit: it depends on the version."""
+    with torch.enable_grad():
+        x = torch.ones((), requires_grad=True)
+        return torch.autograd.grad(x.clamp(max=1.0), x)[0].item() != 0
+
+
+IDENTITY = Before()
