@@ -13,6 +13,7 @@ from granq_plugin.lazy import lazy_names
 if TYPE_CHECKING:  # for editors and type checkers
     from granq_plugin.calibrate import to_static
     from granq_plugin.convert import quantize
+    from granq_plugin.freeze import freeze_weights
     from granq_plugin.quantizers import (
         GranQActPerChannel,
         GranQActPerChannelStatic,
@@ -28,11 +29,13 @@ __all__ = [
     "GranQWeightPerChannelSymmetric",
     "GranQWeightPerKernel",
     "__version__",
+    "freeze_weights",
     "quantize",
     "to_static",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__, {
+    "freeze_weights": "granq_plugin.freeze",
     "quantize": "granq_plugin.convert",
     "register_handlers": "granq_plugin.handlers",
     "to_static": "granq_plugin.calibrate",

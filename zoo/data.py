@@ -1,6 +1,7 @@
 """Images in memory: CIFAR as ``.npz`` arrays or in torchvision's folders."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +20,37 @@ class ImageSet:
 
     Attributes:
         images: uint8 ``[N, 3, H, W]``, RGB. labels: int64 ``[N]``. source: the file or folder they were read from.
+        description: what they are, in words without a path.
     """
     images: Tensor
     labels: Tensor
     source: str
+    description: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, count: int, seed: int = 0) -> "ImageSet":
         """``count`` images (all, if there are fewer), drawn without replacement; the same ones for the same seed."""
-        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
-        return ImageSet(self.images[chosen], self.labels[chosen], self.source)
+        return self._of(self._order(seed)[:count])
+
+    def split(self, count: int, seed: int = 0) -> tuple["ImageSet", "ImageSet"]:
+        """All other images, and the ``count`` that :meth:`subset` draws. Raises a ValueError if none would be left."""
+        if count >= len(self):
+            raise ValueError(f"cannot hold out {count} of the {len(self)} images of {self.source!r}")
+        order = self._order(seed)
+        return self._of(order[count:]), self._of(order[:count])
+
+    def _order(self, seed: int) -> Tensor:
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+
+    def _of(self, chosen: Tensor) -> "ImageSet":
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
+
+    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """``(images, labels)``, in order; of several ranks, each gets every ``world_size``-th batch."""
+        pairs = zip(self.images.split(batch_size), self.labels.split(batch_size))
+        return (pair for i, pair in enumerate(pairs) if i % world_size == rank)
 
 
 def _image_set(x: np.ndarray, y: np.ndarray, source: Path) -> ImageSet:
@@ -90,4 +110,4 @@ def load_images(data_dir: str | Path, dataset: str, split: str = "test") -> Imag
         raise ValueError(
             f"labels in {data.source!r} run from {int(data.labels.min())} to {int(data.labels.max())}; "
             f"{dataset} has 0 to {CIFAR_CLASSES[dataset] - 1}")
-    return data
+    return replace(data, description=f"{dataset} {split} images")

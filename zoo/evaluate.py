@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from zoo.card import Preprocessing
 from zoo.data import ImageSet
-from zoo.registry import Preprocessing
 
-__all__ = ["Accuracy", "evaluate", "input_batches"]
+__all__ = ["Accuracy", "evaluate", "input_batches", "wilson_interval"]
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,29 @@ class Accuracy:
         return self.total / self.seconds
 
 
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a proportion, in percent (Wilson 1927): of the accuracy on images of this kind.
+
+    Example:
+        >>> "%.2f to %.2f" % wilson_interval(9173, 10000)
+        '91.17 to 92.25'
+    """
+    z = 1.959963984540054
+    p, z2n = correct / total, z * z / total
+    centre, half = p + z2n / 2, z * (p * (1 - p) / total + z2n / total / 4)**0.5
+    low, high = ((centre - half) / (1 + z2n), (centre + half) / (1 + z2n))
+    return 100 * max(low, 0.0), 100 * min(high, 1.0)
+
+
 def input_batches(
         images: Tensor, preprocessing: Preprocessing, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
-    """Normalized float32 batches ``[B, 3, H, W]`` of uint8 images ``[N, 3, H, W]``.
+    """Normalized float32 batches ``[B, C, S, S]`` of uint8 images ``[N, C, S, S]``.
 
     Raises:
         ValueError: for images of another size than the network's.
     """
-    if images.shape[2:] != (preprocessing.image_size, ) * 2:
-        raise ValueError(
-            f"images are {images.shape[2]}x{images.shape[3]}, the network takes "
-            f"{preprocessing.image_size}x{preprocessing.image_size}")
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
     for batch in images.split(batch_size):
-        yield (batch.to(device) / 255 - mean) / std
+        yield preprocessing(batch.to(device))
 
 
 @torch.no_grad()
@@ -57,25 +67,32 @@ def evaluate(
         preprocessing: Preprocessing,
         batch_size: int = 250,
         device: torch.device | str = "cpu",
-        progress: Callable[[int], object] | None = None) -> Accuracy:
+        progress: Callable[[int], object] | None = None,
+        distributed: bool = False) -> Accuracy:
     """Count correct predictions of ``model`` (left in evaluation mode) on every image of ``data``.
 
     Args:
-        progress: called after each batch with its number of images.
+        progress: called after each batch with its number of images (of this rank).
+        distributed: share the batches among the ranks of torch.distributed and add up, so that every rank returns the counts of
+            one process; all ranks must call this. The batches are those of one process.
 
     Raises:
         ValueError: if there are no images, or they have the wrong size.
     """
     if not len(data):
         raise ValueError(f"no images in {data.source!r}")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed and dist.is_initialized() else (0, 1)
     model = model.to(device).eval()
-    correct = correct5 = 0
+    counts = torch.zeros(3, dtype=torch.int64)
     start = time.perf_counter()
-    for x, y in zip(input_batches(data.images, preprocessing, batch_size, device), data.labels.split(batch_size)):
-        logits = model(x)
+    for images, y in data.batches(batch_size, rank, world):
+        logits = model(preprocessing(images.to(device)))
         hits = logits.topk(min(5, logits.shape[1])).indices.cpu() == y[:, None]
-        correct += int(hits[:, 0].sum())
-        correct5 += int(hits.sum())
+        counts += torch.tensor([int(hits[:, 0].sum()), int(hits.sum()), len(y)])
         if progress:
             progress(len(y))
-    return Accuracy(correct, correct5, len(data), time.perf_counter() - start)
+    if world > 1:
+        shared = counts.to(device if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(shared)
+        counts = shared.cpu()
+    return Accuracy(*counts.tolist(), time.perf_counter() - start)

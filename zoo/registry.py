@@ -1,74 +1,139 @@
-"""Zoo entries are data: one TOML card each, found by name."""
+"""Zoo entries, found by name: their cards, and their networks with the weights that were published."""
+
+from __future__ import annotations
 
 import difflib
 import fnmatch
-import importlib
-import sys
-from dataclasses import dataclass, field, fields
+import hashlib
+from collections.abc import Callable
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-if TYPE_CHECKING:  # the command line reads cards without torch
+from zoo.card import Card
+
+if TYPE_CHECKING:  # the command line reads this file without torch
     from torch import nn
 
-__all__ = ["Card", "get_card", "list_models"]
+__all__ = ["Card", "get_card", "get_model", "list_models", "read_weights"]
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """How images become inputs: ``(x / 255 - mean) / std`` per RGB channel, at ``image_size`` x ``image_size`` pixels."""
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+def _root(zoo_dir: str | Path | None):
+    return resources.files("zoo") if zoo_dir is None else Path(zoo_dir)
 
 
-@dataclass(frozen=True)
-class Card:
-    """One zoo entry.
+def list_models(pattern: str = "*", zoo_dir: str | Path | None = None) -> list[str]:
+    """Names of the zoo's entries that match a shell pattern, sorted.
 
-    Attributes:
-        name: the card's file name. architecture: ``module:function``, called with ``num_classes`` and ``architecture_args``.
-        dataset: the data set's name, which is also its folder's. teacher: where float weights come from, and their licence.
+    Args:
+        zoo_dir: another zoo's folder than the package's own.
     """
-    name: str
-    architecture: str
-    dataset: str
-    num_classes: int
-    preprocessing: Preprocessing
-    architecture_args: dict = field(default_factory=dict)
-    teacher: dict = field(default_factory=dict)
-
-    @classmethod
-    def from_toml(cls, name: str, text: str) -> "Card":
-        """Parse a card. Raises a ValueError that names the card and what is wrong with it."""
-        try:
-            entries = tomllib.loads(text)
-            entries["preprocessing"] = Preprocessing(**entries["preprocessing"])
-            return cls(name=name, **entries)
-        except (tomllib.TOMLDecodeError, KeyError, TypeError) as e:
-            allowed = ", ".join(f.name for f in fields(cls) if f.name != "name")
-            raise ValueError(f"zoo card {name!r} is malformed: {e}; its entries are: {allowed}") from e
-
-    def build(self) -> "nn.Module":
-        """The float network, with fresh weights, in evaluation mode."""
-        module, function = self.architecture.split(":")
-        return getattr(importlib.import_module(module), function)(num_classes=self.num_classes, **self.architecture_args).eval()
+    cards = _root(zoo_dir).joinpath("cards")
+    names = [f.name.removesuffix(".toml") for f in cards.iterdir() if f.name.endswith(".toml")] if cards.is_dir() else []
+    return sorted(fnmatch.filter(names, pattern))
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """Names of the zoo's entries that match a shell pattern, sorted."""
-    files = (f.name for f in resources.files("zoo").joinpath("cards").iterdir())
-    return sorted(fnmatch.filter((f.removesuffix(".toml") for f in files if f.endswith(".toml")), pattern))
+def get_card(name: str, zoo_dir: str | Path | None = None) -> Card:
+    """The card of an entry, or of a file ``PATH.toml`` of the user's own.
 
-
-def get_card(name: str) -> Card:
-    """The card of one entry. Raises a ValueError with the nearest names if there is none."""
-    names = list_models()
+    Raises:
+        ValueError: with the nearest names if there is no such entry; if the card is malformed. FileNotFoundError: for a file.
+    """
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise FileNotFoundError(f"card file {name!r} does not exist")
+        return Card.from_toml(path.stem, path.read_text(encoding="utf-8"))
+    names = list_models("*", zoo_dir)
     if name not in names:
         near = difflib.get_close_matches(name, names, cutoff=0.3) or names
         raise ValueError(f"no zoo entry {name!r}; did you mean: {', '.join(near)}")
-    return Card.from_toml(name, resources.files("zoo").joinpath("cards", f"{name}.toml").read_text(encoding="utf-8"))
+    return Card.from_toml(name, _root(zoo_dir).joinpath("cards", f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def read_weights(card: Card, zoo_dir: str | Path | None = None) -> bytes:
+    """The bytes of an entry's file of weights, checked against its card before anything is parsed.
+
+    Raises:
+        FileNotFoundError: if the entry ships no weights, or the file is absent. ValueError: if its SHA-256 is not the card's.
+    """
+    if card.weights is None:
+        source = f"; they come from {card.teacher.source} ({card.teacher.license})" if card.teacher else ""
+        raise FileNotFoundError(f"zoo entry {card.name!r} ships no weights{source}: give a file of float weights")
+    file = _root(zoo_dir).joinpath("pretrained", f"{card.name}.safetensors")
+    if not file.is_file():
+        raise FileNotFoundError(f"weights of zoo entry {card.name!r} are absent: there is no {str(file)!r}")
+    data = file.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != card.weights.sha256:
+        raise ValueError(f"{str(file)!r} is damaged: its SHA-256 is {digest}, the card says {card.weights.sha256}; "
+                         "nothing is loaded")
+    return data
+
+
+def get_model(
+        name: str, pretrained: bool = False, *, weights: str | Path | None = None, zoo_dir: str | Path | None = None) -> nn.Module:
+    """A zoo network in evaluation mode; a Brevitas one for quantized entries. Its card is ``model.card``.
+
+    Inputs are normalized images: ``model.card.preprocessing(uint8 images [B, C, S, S])``.
+
+    Args:
+        name: an entry (:func:`list_models`), or a card file ``PATH.toml``.
+        pretrained: with the weights that the zoo ships, checked by SHA-256. Quantized weights are then frozen: integers times a
+            scale (:func:`granq_plugin.freeze.freeze_weights`). False: fresh weights, and ranges still to be collected.
+        weights: instead, a file of float weights of this architecture; a quantized entry quantizes them, without training.
+        zoo_dir: another zoo's folder than the package's own.
+
+    Raises:
+        ValueError, FileNotFoundError: see :func:`get_card`, :func:`read_weights` and :func:`zoo.weights.load_weights`;
+            ValueError also for a folded network without published ranges.
+
+    Example:
+        >>> model = get_model("resnet20_cifar10.granq_w4a4", pretrained=True)  # doctest: +SKIP
+    """
+    card = get_card(name, zoo_dir)
+    if pretrained and weights is not None:
+        raise ValueError("pretrained=True takes the zoo's weights; give either it or weights=")
+    if pretrained:
+        model = from_bytes(card, read_weights(card, zoo_dir))
+    else:
+        model = card.build()
+        if weights is not None:
+            from zoo.weights import load_weights
+            load_weights(model, weights)
+        model = quantized(card, model)
+    model.card = card
+    return model
+
+
+def from_bytes(card: Card, data: bytes) -> nn.Module:
+    """The network of a card with the weights of a file, in evaluation mode.
+
+    Raises:
+        ValueError: if the file is damaged or of another network.
+    """
+    from zoo.packing import read_packed
+    packed = read_packed(data)
+
+    def calibrate(prepared: nn.Module) -> nn.Module:
+        state = prepared.state_dict()
+        absent = [k for k in state if "scaling_impl" in k and k not in packed.calibrated]
+        if absent:
+            raise ValueError(f"weights of {card.name!r} are of another network: they hold no {absent[0]}")
+        prepared.load_state_dict(state | packed.calibrated)
+        return prepared.eval()
+    model = card.build()
+    if card.quantization is not None:
+        model = quantized(card, model, calibrate)
+    return packed.install(model)
+
+
+def quantized(card: Card, model: nn.Module, calibrate: Callable[[nn.Module], nn.Module] | None = None) -> nn.Module:
+    """A float network of the card, quantized as it says (not at all, if it says nothing)."""
+    if card.quantization is None:
+        return model
+    model = card.quantization.build(model, card.example_input(), calibrate)
+    if card.quantization.activations == "folded":
+        from granq_plugin.deploy import bake
+        model = bake(model)
+    return model.eval()

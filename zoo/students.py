@@ -8,19 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zoo.registry import Card, get_card
+from zoo.card import Card
+from zoo.quantization import ACTIVATIONS, WEIGHT_REGIMES, Quantization
+from zoo.registry import get_card
 
 if TYPE_CHECKING:  # the command line reads this file without torch
     from torch import Tensor, nn
 
 __all__ = ["ACTIVATIONS", "WEIGHT_REGIMES", "Student", "calibrated_network", "calibrator", "load_run"]
-
-WEIGHT_REGIMES = {
-    "per-output-channel": "GranQWeightPerChannel",
-    "per-output-channel-symmetric": "GranQWeightPerChannelSymmetric",
-    "per-kernel": "GranQWeightPerKernel",
-}
-ACTIVATIONS = ("dynamic", "static", "folded")
 
 
 @dataclass(frozen=True)
@@ -28,10 +23,7 @@ class Student:
     """How a student is quantized.
 
     Attributes:
-        network: name of the zoo entry. weight_bit_width, act_bit_width: 1 to 16. weight_regime: of WEIGHT_REGIMES.
-        activations: "dynamic" (the paper), "static", or "folded": static, with quantizers for the input, residual branches and
-            pools, weights quantized after multiplication with the scales (for FINN; ``granq_plugin.deploy``).
-        learned_scale: static scales go on learning once they are frozen.
+        network: name of the zoo entry, or path of a card file. Others: see :class:`~zoo.quantization.Quantization`.
     """
     network: str
     weight_bit_width: int
@@ -41,13 +33,11 @@ class Student:
     learned_scale: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (("weight_regime", tuple(WEIGHT_REGIMES)), ("activations", ACTIVATIONS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.learned_scale and self.activations != "static":
-            raise ValueError(f"learned_scale needs static activations, got {self.activations}")
-        if self.activations == "folded" and self.weight_regime != "per-output-channel-symmetric":
-            raise ValueError(f"folded activations need per-output-channel-symmetric weights, got {self.weight_regime}")
+        self.quantization  # noqa: B018  (checks)
+
+    @property
+    def quantization(self) -> Quantization:
+        return Quantization(**{k: v for k, v in asdict(self).items() if k != "network"})
 
     @property
     def card(self) -> Card:
@@ -62,30 +52,14 @@ class Student:
         Raises:
             ValueError: for folded activations without ``calibrate``; and see :func:`granq_plugin.quantize`.
         """
-        import granq_plugin as gq
-        weight_quant = getattr(gq, WEIGHT_REGIMES[self.weight_regime])
-        if self.activations != "folded":
-            act_quant = gq.GranQActPerChannel
-            if self.activations == "static":
-                act_quant = gq.GranQActPerChannelStatic.let(learned_scale=self.learned_scale)
-            return gq.quantize(teacher, self.weight_bit_width, self.act_bit_width, weight_quant=weight_quant, act_quant=act_quant)
-        if calibrate is None:
-            raise ValueError("folded activations need ranges first: images of another run, or calibration data")
-        from granq_plugin.deploy import fold
-        return fold(calibrate(self.prepared(teacher)), self.example_input(), trainable=True)
+        return self.quantization.build(teacher, self.example_input(), calibrate)
 
     def prepared(self, teacher: nn.Module) -> nn.Module:
         """With folded activations: the static network that is calibrated, then folded."""
-        import granq_plugin as gq
-        from granq_plugin.deploy import prepare
-        return prepare(
-            _deployable(teacher), self.example_input(), self.weight_bit_width, self.act_bit_width,
-            weight_quant=getattr(gq, WEIGHT_REGIMES[self.weight_regime]), act_quant=gq.GranQActPerChannelStatic)
+        return self.quantization.prepared(teacher, self.example_input())
 
     def example_input(self) -> Tensor:
-        import torch
-        size = self.card.preprocessing.image_size
-        return torch.zeros(1, 3, size, size)
+        return self.card.example_input()
 
 
 def calibrator(batches: Iterable[Tensor]) -> Callable[[nn.Module], nn.Module]:
@@ -98,12 +72,6 @@ def calibrator(batches: Iterable[Tensor]) -> Callable[[nn.Module], nn.Module]:
                 model(batch)
         return model.eval()
     return calibrate
-
-
-def _deployable(teacher: nn.Module) -> nn.Module:
-    """Padding shortcuts as convolutions, which accelerators map."""
-    from zoo.models.cifar_resnet import CifarResNet, convolution_shortcuts
-    return convolution_shortcuts(teacher) if isinstance(teacher, CifarResNet) else teacher
 
 
 def load_run(run_dir: str | Path) -> tuple[Student, nn.Module, dict]:

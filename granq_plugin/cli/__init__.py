@@ -10,10 +10,12 @@ __all__ = ["cli", "run"]
 # the package inside their functions, so that help comes at once.
 VERBS = {
     "evaluate": "granq_plugin.cli.evaluate:evaluate",
+    "train-teacher": "granq_plugin.cli.train:train_teacher",
     "qat": "granq_plugin.cli.qat:qat",
     "export": "granq_plugin.cli.export:export",
     "verify": "granq_plugin.cli.export:verify",
     "report": "granq_plugin.cli.export:report",
+    "zoo": "granq_plugin.cli.zoo:zoo",
 }
 
 

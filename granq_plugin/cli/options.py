@@ -1,10 +1,13 @@
 """What several verbs share: option types and values, and how bad input becomes an error."""
 
 import contextlib
+import json
+from pathlib import Path
 
 import click
 
-__all__ = ["BitWidth", "input_errors", "open_device"]
+__all__ = ["BitWidth", "input_errors", "open_device", "settings_from"]
+
 
 @contextlib.contextmanager
 def input_errors():
@@ -40,3 +43,20 @@ def open_device(name: str):
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"device {name!r} is not available here: {str(e).splitlines()[0]}") from e
     return device
+
+
+def settings_from(base, config_file: Path | None, assignments: tuple[str, ...]):
+    """``base`` (:class:`granq_plugin.settings.Settings`), changed by a TOML file, then by single KEY=VALUE assignments."""
+    config = base if config_file is None else type(base).from_file(config_file, base=base)
+    return type(base).from_toml("\n".join(map(_toml_line, assignments)), base=config)
+
+
+def _toml_line(assignment: str) -> str:
+    key, equals, value = assignment.partition("=")
+    if not equals:
+        raise ValueError(f"--set takes KEY=VALUE, got {assignment!r}")
+    try:
+        json.loads(value)  # numbers, true, false and lists are TOML too; anything else is a string
+    except json.JSONDecodeError:
+        value = json.dumps(value)
+    return f"{key} = {value}"

@@ -1,6 +1,5 @@
 """``granq qat``."""
 
-import json
 import os
 import sys
 from dataclasses import asdict
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from granq_plugin.cli.options import BitWidth, input_errors, open_device
+from granq_plugin.cli.options import BitWidth, input_errors, open_device, settings_from
 from zoo.students import ACTIVATIONS, WEIGHT_REGIMES, Student, calibrator
 
 __all__ = ["qat"]
@@ -144,25 +143,12 @@ def qat(name, out, weights, weight_bits, act_bits, activations, weight_regime, l
 
 
 def _settings(card, preset_name: str | None, config_file: Path | None, assignments: tuple[str, ...]):
-    """Preset, then file, then single settings; the image size is the card's. Classes must match the card's."""
-    from granq_plugin.zero_shot import ZeroShotConfig, preset
+    """Preset, then file, then single settings; classes must match the card's."""
+    from granq_plugin.zero_shot import preset
     config = preset(preset_name or f"{card.dataset}_fast")
     if config.num_classes != card.num_classes:
         raise ValueError(f"preset {preset_name!r} is for {config.num_classes} classes, {card.name} has {card.num_classes}")
-    if config_file is not None:
-        config = ZeroShotConfig.from_file(config_file, base=config)
-    return ZeroShotConfig.from_toml("\n".join(map(_toml_line, assignments)), base=config)
-
-
-def _toml_line(assignment: str) -> str:
-    key, equals, value = assignment.partition("=")
-    if not equals:
-        raise ValueError(f"--set takes KEY=VALUE, got {assignment!r}")
-    try:
-        json.loads(value)  # numbers, true, false and lists are TOML too; anything else is a string
-    except json.JSONDecodeError:
-        value = json.dumps(value)
-    return f"{key} = {value}"
+    return settings_from(config, config_file, assignments)
 
 
 def _join_ranks(device: str) -> str:

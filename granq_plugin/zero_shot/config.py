@@ -1,30 +1,15 @@
-"""Settings of zero-shot QAT: one frozen dataclass, in and out of TOML, with the published settings as presets."""
+"""Settings of zero-shot QAT, with the published ones as presets."""
 
-import dataclasses
-import difflib
-import json
 import math
-import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import get_args, get_origin
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from granq_plugin.settings import Settings, setting
 
 __all__ = ["PRESETS", "ZeroShotConfig", "preset"]
 
 
-def _setting(default, meaning: str, least=None, most=None, above=None, choices: tuple = ()):
-    """A field with what is allowed: ``least <= value <= most``, ``value > above``, or one of ``choices``."""
-    return dataclasses.field(
-        default=default, metadata=dict(meaning=meaning, least=least, most=most, above=above, choices=choices))
-
-
 @dataclass(frozen=True)
-class ZeroShotConfig:
+class ZeroShotConfig(Settings):
     """Settings of :func:`granq_plugin.zero_shot.zero_shot_qat`. Defaults are the paper's for CIFAR (``method``: GranQ, AdaDFQ).
 
     Each field's meaning and bounds are in its metadata; ``granq qat --help-config`` prints them.
@@ -38,53 +23,64 @@ class ZeroShotConfig:
         (16, 4000)
     """
 
-    num_classes: int = _setting(10, "classes of the teacher", least=2)
-    image_size: int = _setting(32, "height and width of an input in pixels, a multiple of 4", least=8)
-    image_channels: int = _setting(3, "channels of an input", least=1)
+    num_classes: int = setting(10, "classes of the teacher", least=2)
+    image_size: int = setting(32, "height and width of an input in pixels, a multiple of 4", least=8)
+    image_channels: int = setting(3, "channels of an input", least=1)
 
-    epochs: int = _setting(200, "epochs, warm-up included; an epoch has no meaning but for the schedule and the log", least=1)
-    iterations: int = _setting(200, "iterations in an epoch", least=1)
-    warmup_epochs: int = _setting(4, "first epochs, in which only the generator learns", least=0)
-    batch_size: int = _setting(16, "images of an iteration, over all ranks and micro-batches", least=1)
-    accumulation_steps: int = _setting(
+    epochs: int = setting(200, "epochs, warm-up included; an epoch has no meaning but for the schedule and the log", least=1)
+    iterations: int = setting(200, "iterations in an epoch", least=1)
+    warmup_epochs: int = setting(4, "first epochs, in which only the generator learns", least=0)
+    batch_size: int = setting(16, "images of an iteration, over all ranks and micro-batches", least=1)
+    accumulation_steps: int = setting(
         1, "micro-batches of an iteration; batch statistics (generator, BatchNorm loss) are of the micro-batch", least=1)
-    seed: int = _setting(0, "of the generator's weights, the noise and the labels", least=0)
+    seed: int = setting(0, "of the generator's weights, the noise and the labels", least=0)
 
-    student_lr: float = _setting(1e-4, "learning rate of the student (SGD, Nesterov)", above=0)
-    student_lr_warmup: int = _setting(0, "the student's first iterations, over which its learning rate rises linearly", least=0)
-    momentum: float = _setting(0.9, "of the student", least=0, most=0.999)
-    weight_decay: float = _setting(1e-4, "of the student", least=0)
-    generator_lr: float = _setting(1e-3, "learning rate of the generator (Adam)", above=0)
-    betas: tuple[float, float] = _setting((0.5, 0.999), "of the generator's Adam", least=0, most=0.9999)
-    lr_schedule: str = _setting("step", "step: times lr_decay at every milestone; cosine: to 0 at the end",
+    student_optimizer: str = setting("sgd", "sgd: Nesterov, as published; adam: AdamW", choices=("sgd", "adam"))
+    student_lr: float = setting(1e-4, "learning rate of the student", above=0)
+    student_lr_warmup: int = setting(0, "the student's first iterations, over which its learning rate rises linearly", least=0)
+    momentum: float = setting(0.9, "of the student's SGD", least=0, most=0.999)
+    weight_decay: float = setting(1e-4, "of the student", least=0)
+    generator_lr: float = setting(1e-3, "learning rate of the generator (Adam)", above=0)
+    betas: tuple[float, float] = setting((0.5, 0.999), "of the generator's Adam", least=0, most=0.9999)
+    lr_schedule: str = setting("step", "step: times lr_decay at every milestone; cosine: to 0 at the end",
                                 choices=("step", "cosine"))
-    lr_milestones: tuple[int, ...] = _setting((100, 200, 300), "epochs, of the step schedule", least=1)
-    lr_decay: float = _setting(0.1, "factor of the step schedule", above=0, most=1)
+    lr_milestones: tuple[int, ...] = setting((100, 200, 300), "epochs, of the step schedule", least=1)
+    lr_decay: float = setting(0.1, "factor of the step schedule", above=0, most=1)
 
-    temperature: float = _setting(20.0, "T of the student's loss", above=0)
-    lambda_lower: float = _setting(0.1, "lower margin of the generator's loss", least=0, most=1)
-    lambda_upper: float = _setting(0.8, "upper margin of the generator's loss", least=0, most=1)
-    alpha_disagreement: float = _setting(0.2, "weight of CE(t - q, y) in beta's term (alpha_ds)", least=0)
-    alpha_agreement: float = _setting(0.1, "weight of CE(t + q, y) in beta's term (alpha_as)", least=0)
-    beta: float = _setting(1.0, "weight of the two cross-entropies in the generator's loss", least=0)
-    gamma: float = _setting(1.0, "weight of the BatchNorm statistics in the generator's loss", least=0)
-    latent_dim: int = _setting(100, "length of the generator's noise", least=1)
+    temperature: float = setting(20.0, "T of the student's loss", above=0)
+    lambda_lower: float = setting(0.1, "lower margin of the generator's loss", least=0, most=1)
+    lambda_upper: float = setting(0.8, "upper margin of the generator's loss", least=0, most=1)
+    alpha_disagreement: float = setting(0.2, "weight of CE(t - q, y) in beta's term (alpha_ds)", least=0)
+    alpha_agreement: float = setting(0.1, "weight of CE(t + q, y) in beta's term (alpha_as)", least=0)
+    beta: float = setting(1.0, "weight of the two cross-entropies in the generator's loss", least=0)
+    gamma: float = setting(1.0, "weight of the BatchNorm statistics in the generator's loss", least=0)
+    latent_dim: int = setting(100, "length of the generator's noise", least=1)
 
-    range_epochs: int = _setting(
+    range_epochs: int = setting(
         0, "epochs of training, after the warm-up, in which static ranges follow the student before they freeze; 0: half of them",
         least=0)
-    memory_size: int = _setting(0, "synthetic images that are kept with the teacher's logits, the latest ones; 0: none", least=0)
-    replay_steps: int = _setting(0, "additional student steps per iteration on images drawn from the memory", least=0)
+    memory_size: int = setting(0, "synthetic images that are kept with the teacher's logits, the latest ones; 0: none", least=0)
+    replay_steps: int = setting(0, "additional student steps per iteration on images drawn from the memory", least=0)
 
-    bf16: bool = _setting(False, "autocast the networks to bfloat16; quantizers, losses and statistics stay float32")
-    channels_last: bool = _setting(False, "run the convolutions in channels_last layout")
-    compile: str = _setting(
+    feature_loss: str = setting(
+        "off", "also distil the BatchNorm outputs: as they are, or their attention maps (beyond the paper)",
+        choices=("off", "features", "attention"))
+    feature_weight: float = setting(1.0, "of feature_loss, beside the student's loss", least=0)
+    ema_decay: float = setting(0.0, "of a moving average of the student's weights, which is the result; 0: none (beyond the paper)",
+                               least=0, most=0.99999)
+    sam_rho: float = setting(0.0, "length of the step to the sharpest neighbour, where gradients are taken; 0: none; doubles the "
+                             "student's work (beyond the paper: ZSAQ)", least=0)
+    low_pass: float = setting(0.0, "cut-off of a Gaussian low-pass filter on synthetic images, in cycles per image; 0: none "
+                              "(beyond the paper: SynQ)", least=0)
+
+    bf16: bool = setting(False, "autocast the networks to bfloat16; quantizers, losses and statistics stay float32")
+    channels_last: bool = setting(False, "run the convolutions in channels_last layout")
+    compile: str = setting(
         "off", "torch.compile of teacher, student and generator; cudagraphs needs a GPU", choices=("off", "default", "cudagraphs"))
-    checkpoint_every: int = _setting(200, "iterations between checkpoints, in a run directory", least=1)
+    checkpoint_every: int = setting(200, "iterations between checkpoints, in a run directory", least=1)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        super().__post_init__()
         if self.image_size % 4:
             raise ValueError(f"image_size must be a multiple of 4, got {self.image_size}")
         if self.batch_size % self.accumulation_steps:
@@ -105,79 +101,6 @@ class ZeroShotConfig:
         if self.lr_schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * iteration / self.total_iterations))
         return self.lr_decay**sum(iteration // self.iterations >= m for m in self.lr_milestones)
-
-    def to_toml(self) -> str:
-        """All settings as TOML, one line each with its meaning; :meth:`from_toml` reads them back."""
-        lines = [f"{f.name} = {_toml(getattr(self, f.name))}  # {f.metadata['meaning']}" for f in dataclasses.fields(self)]
-        return "\n".join(lines) + "\n"
-
-    @classmethod
-    def from_toml(cls, text: str, base: "ZeroShotConfig | None" = None) -> "ZeroShotConfig":
-        """Settings from TOML; those that it leaves out are ``base``'s, or the defaults.
-
-        Raises:
-            ValueError: for text that is not TOML, and for an unknown setting, with the nearest known one.
-        """
-        try:
-            settings = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as e:
-            raise ValueError(f"not a TOML file of settings: {e}") from e
-        return replace(base or cls(), **settings)
-
-    @classmethod
-    def from_file(cls, path: str | Path, base: "ZeroShotConfig | None" = None) -> "ZeroShotConfig":
-        """As :meth:`from_toml`, of a file; errors name it."""
-        try:
-            return cls.from_toml(Path(path).read_text(encoding="utf-8"), base)
-        except (ValueError, TypeError) as e:
-            raise type(e)(f"{str(path)!r}: {e}") from e
-
-
-def replace(config: ZeroShotConfig, **settings) -> ZeroShotConfig:
-    """A copy of ``config`` with other settings. Raises a ValueError for an unknown one."""
-    known = [f.name for f in dataclasses.fields(ZeroShotConfig)]
-    for name in settings:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-            raise ValueError(f"unknown setting {name!r}; " + (f"did you mean: {', '.join(near)}" if near else
-                                                              f"allowed: {', '.join(known)}"))
-    return dataclasses.replace(config, **settings)
-
-
-def _checked(field: dataclasses.Field, value):
-    """``value`` in the field's type, or an error that names the field."""
-    kind, allowed = field.type, field.metadata
-    if get_origin(kind) is tuple:
-        item, length = get_args(kind)[0], None if get_args(kind)[-1] is Ellipsis else len(get_args(kind))
-        if not isinstance(value, (tuple, list)) or length not in (None, len(value)):
-            raise TypeError(f"{field.name} must be a list of {length or 'any number of'} numbers, got {value!r}")
-        return tuple(_checked_item(field.name, item, v, allowed) for v in value)
-    return _checked_item(field.name, kind, value, allowed)
-
-
-def _checked_item(name: str, kind: type, value, allowed):
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not kind:
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "one of " + ", ".join(allowed["choices"])}
-        raise TypeError(f"{name} must be {words[kind]}, got {value!r}")
-    least, most, above, choices = (allowed[k] for k in ("least", "most", "above", "choices"))
-    if kind is float and not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value!r}")
-    if choices and value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    if least is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value!r}")
-    if above is not None and value <= above:
-        raise ValueError(f"{name} must be above {above}, got {value!r}")
-    if most is not None and value > most:
-        raise ValueError(f"{name} must be at most {most}, got {value!r}")
-    return value
-
-
-def _toml(value) -> str:
-    """TOML of a setting: for these types, JSON is."""
-    return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 
 _IMAGENET = dict(num_classes=1000, image_size=224, batch_size=16, epochs=400, temperature=5.0, lr_milestones=(350, 400))
@@ -206,4 +129,4 @@ def preset(name: str, **settings) -> ZeroShotConfig:
     """
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
-    return replace(PRESETS[name], **settings)
+    return PRESETS[name].replace(**settings)

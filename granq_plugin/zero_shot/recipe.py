@@ -88,7 +88,7 @@ def zero_shot_qat(
     try:
         teacher.eval().requires_grad_(False)
         _check(student, teacher, config, images)
-        directory = None if run_dir is None else RunDirectory(run_dir, config, teacher, student, resume)
+        directory = None if run_dir is None else RunDirectory(run_dir, config, dict(teacher=teacher, student=student), resume)
         state = directory.load_checkpoint() if directory else None
         training = Training(student, teacher, config, images, state)
         while training.iteration < config.total_iterations:

@@ -12,8 +12,8 @@ from torch import nn
 
 from granq_plugin._version import __version__
 from granq_plugin.atomic import atomic_path, write_text
+from granq_plugin.settings import Settings
 from granq_plugin.zero_shot import parallel
-from granq_plugin.zero_shot.config import ZeroShotConfig
 
 __all__ = ["RunDirectory", "fingerprint"]
 
@@ -40,22 +40,21 @@ class RunDirectory:
 
     Args:
         path: the folder; it is made if need be.
-        config, teacher, student: of the run; the student before training.
+        config: the run's settings. networks: by what they are in the run ("teacher", "student"), before training.
         resume: go on with the run that the folder holds; a folder without one starts it.
 
     Raises:
         FileExistsError: if the folder holds a run, or any other file, and resume is False.
-        ValueError: if it holds a run with other settings, another teacher or another student. NotADirectoryError: for a file.
+        ValueError: if it holds a run with other settings or networks. NotADirectoryError: for a file.
     """
 
-    def __init__(self, path: str | Path, config: ZeroShotConfig, teacher: nn.Module, student: nn.Module, resume: bool) -> None:
+    def __init__(self, path: str | Path, config: Settings, networks: dict[str, nn.Module], resume: bool) -> None:
         self.path = Path(path)
-        self.identity = dict(
-            teacher_state_sha256=fingerprint(teacher), student_state_sha256=fingerprint(student), version=__version__,
-            torch=torch.__version__)
+        self._states = {f"{who}_state_sha256": fingerprint(network) for who, network in networks.items()}
+        self.identity = self._states | dict(version=__version__, torch=torch.__version__)
         parallel.from_first_rank(lambda: self._prepare(config, resume))
 
-    def _prepare(self, config: ZeroShotConfig, resume: bool) -> None:
+    def _prepare(self, config: Settings, resume: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"run directory {str(self.path)!r} is a file")
         if (self.path / "run.json").is_file():
@@ -68,13 +67,13 @@ class RunDirectory:
         write_text(self.path / "config.toml", config.to_toml())
         write_text(self.path / "run.json", json.dumps(self.identity, indent=2) + "\n")
 
-    def _check_same_run(self, config: ZeroShotConfig) -> None:
-        stored = ZeroShotConfig.from_file(self.path / "config.toml")
+    def _check_same_run(self, config: Settings) -> None:
+        stored = type(config).from_file(self.path / "config.toml")
         names = [n for n in vars(config) if n not in _FREE_SETTINGS and getattr(stored, n) != getattr(config, n)]
         differences = [f"{n} was {getattr(stored, n)!r}, is {getattr(config, n)!r}" for n in names]
         identity = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        differences += [f"another {who}" for who in ("teacher", "student")
-                        if identity.get(f"{who}_state_sha256") != self.identity[f"{who}_state_sha256"]]
+        differences += [f"another {name.removesuffix('_state_sha256')}" for name, state in self._states.items()
+                        if identity.get(name) != state]
         if differences:
             raise ValueError(f"run directory {str(self.path)!r} holds a different run: {'; '.join(differences)}")
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from granq_plugin.zero_shot import losses, parallel
 from granq_plugin.zero_shot.config import ZeroShotConfig
+from granq_plugin.zero_shot.features import FeaturePairs
 from granq_plugin.zero_shot.statistics import BatchNormStatistics
 
-__all__ = ["ObservedTeacher", "StepResult", "generator_loss", "generator_step", "student_step"]
+__all__ = ["ObservedTeacher", "StepResult", "generator_loss", "generator_step", "low_pass", "student_step"]
 
 
 class ObservedTeacher(nn.Module):
@@ -65,15 +66,19 @@ def generator_step(
         labels: Tensor,
         generator_params: Sequence[nn.Parameter],
         student_params: Sequence[nn.Parameter],
-        config: ZeroShotConfig) -> StepResult:
+        config: ZeroShotConfig,
+        features: FeaturePairs | None = None) -> StepResult:
     """Gradients of both losses from one forward of the three networks.
 
     Args:
         teacher: an :class:`ObservedTeacher`. noise, labels: ``[B, latent_dim]`` and ``[B]`` of this rank.
         generator_params, student_params: gradients are taken for these; no student_params in the warm-up.
+        features: between these networks; their loss joins the student's.
     """
     with _autocast(noise, config):
         images = generator(noise, labels)
+        if config.low_pass:
+            images = low_pass(images, config.low_pass)
         if config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         t, bn_loss = teacher(images)
@@ -82,20 +87,47 @@ def generator_step(
     loss = generator_loss(t, q, labels, bn_loss, config)
     generator_grads = torch.autograd.grad(loss, generator_params, retain_graph=bool(student_params))
     distillation = losses.student_loss(t, q, config.temperature)
-    student_grads = _gradients(distillation, student_params)
+    student_grads = _gradients(_with_features(distillation, features, config), student_params)
     log = dict(loss_generator=loss.detach(), loss_bn=bn_loss.detach(), **_student_log(distillation, t, q, config))
     return StepResult(images.detach(), t.detach(), generator_grads, student_grads, log)
 
 
 def student_step(
-        student: nn.Module, images: Tensor, teacher_logits: Tensor, student_params: Sequence[nn.Parameter],
-        config: ZeroShotConfig) -> StepResult:
-    """Gradients of the student's loss on images whose teacher logits are known."""
+        student: nn.Module,
+        images: Tensor,
+        teacher_logits: Tensor,
+        student_params: Sequence[nn.Parameter],
+        config: ZeroShotConfig,
+        features: FeaturePairs | None = None,
+        teacher: nn.Module | None = None) -> StepResult:
+    """Gradients of the student's loss on images whose teacher logits are known; ``features`` need the teacher to run again."""
     with _autocast(images, config):
+        if features:
+            with torch.no_grad():
+                teacher(images)
         q = _wide(student(images))
     distillation = losses.student_loss(teacher_logits, q, config.temperature)
     log = _student_log(distillation, teacher_logits, q, config)
-    return StepResult(images, teacher_logits, (), _gradients(distillation, student_params), log)
+    return StepResult(
+        images, teacher_logits, (), _gradients(_with_features(distillation, features, config), student_params), log)
+
+
+def _with_features(distillation: Tensor, features: FeaturePairs | None, config: ZeroShotConfig) -> Tensor:
+    return distillation if features is None else distillation + config.feature_weight * features.take()
+
+
+def low_pass(images: Tensor, cutoff: float) -> Tensor:
+    """Gaussian low-pass filter over the two spatial axes (SynQ, ICLR 2025): amplitudes times ``exp(-f^2 / (2 cutoff^2))``.
+
+    Args:
+        images: ``[B, C, H, W]``. cutoff: in cycles per image, above 0.
+    """
+    wide = images.to(torch.promote_types(images.dtype, torch.float32))
+    height, width = images.shape[2:]
+    rows = torch.fft.fftfreq(height, 1 / height, device=wide.device, dtype=wide.dtype)
+    columns = torch.fft.rfftfreq(width, 1 / width, device=wide.device, dtype=wide.dtype)
+    gains = torch.exp(-(rows[:, None] ** 2 + columns**2) / (2 * cutoff**2))
+    return torch.fft.irfft2(torch.fft.rfft2(wide) * gains, s=(height, width)).to(images.dtype)
 
 
 def _student_log(distillation: Tensor, t: Tensor, q: Tensor, config: ZeroShotConfig) -> dict[str, Tensor]:

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from granq_plugin.core.static import StaticGranQ
 from granq_plugin.zero_shot import parallel
 from granq_plugin.zero_shot.config import ZeroShotConfig
+from granq_plugin.zero_shot.features import FeaturePairs
 from granq_plugin.zero_shot.generator import Generator
 from granq_plugin.zero_shot.memory import ImageMemory
 from granq_plugin.zero_shot.step import ObservedTeacher, StepResult, generator_step, student_step
+from granq_plugin.zero_shot.weights import WeightAverage, at_sharpest_neighbour
 
 __all__ = ["Training"]
 
@@ -34,6 +36,8 @@ class Training:
             student.load_state_dict(state["student"])
         self.config = config
         self.student = student
+        self.teacher = teacher
+        self.features = None if config.feature_loss == "off" else FeaturePairs(teacher, student, config.feature_loss)
         self.observed = ObservedTeacher(teacher) if images is None else None
         self.like = next(student.parameters()).detach()
         self.rng = torch.Generator().manual_seed(config.seed)
@@ -49,6 +53,7 @@ class Training:
         self.freeze_at = self.first_student_iteration + config.iterations * (
             config.range_epochs or max(1, (config.epochs - (config.warmup_epochs if self.generator else 0)) // 2))
         self.optimizer = _student_optimizer(student, config)
+        self.average = WeightAverage(_params(self.optimizer), config.ema_decay) if config.ema_decay else None
         self.generator_optimizer = None if self.generator is None else torch.optim.Adam(
             self.generator.parameters(), config.generator_lr, config.betas)
         if images is not None:
@@ -97,10 +102,10 @@ class Training:
         results = []
         for z, y in zip(noise.chunk(config.accumulation_steps), labels.chunk(config.accumulation_steps)):
             z, y = parallel.shard(z).to(self.like.device), parallel.shard(y).to(self.like.device)
-            results.append(generator_step(teacher, student, generator, z, y, params, student_params, config))
-        _update(self.generator_optimizer, params, [r.generator_grads for r in results])
+            results.append(generator_step(teacher, student, generator, z, y, params, student_params, config, self.features))
+        _update(self.generator_optimizer, params, _mean_grads([r.generator_grads for r in results]))
         if trains_student:
-            _update(self.optimizer, student_params, [r.student_grads for r in results])
+            self._update_student(student_params, results)
         for r in results:
             self.memory.add(parallel.gather(r.images), parallel.gather(r.teacher_logits))
         return _mean_log(results)
@@ -111,13 +116,25 @@ class Training:
             x, t = self.memory.draw(config.batch_size // config.accumulation_steps, self.rng, self.like)
             if config.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
-            results.append(student_step(self._compiled[1], x, t, params, config))
-        _update(self.optimizer, params, [r.student_grads for r in results])
+            results.append(self._student_step(x, t, params))
+        self._update_student(params, results)
         return _mean_log(results)
+
+    def _student_step(self, images: Tensor, teacher_logits: Tensor, params: list[nn.Parameter]) -> StepResult:
+        return student_step(self._compiled[1], images, teacher_logits, params, self.config, self.features, self.teacher)
+
+    def _update_student(self, params: list[nn.Parameter], results: list[StepResult]) -> None:
+        grads = _mean_grads([r.student_grads for r in results])
+        if self.config.sam_rho:
+            with at_sharpest_neighbour(params, grads, self.config.sam_rho):
+                grads = _mean_grads([self._student_step(r.images, r.teacher_logits, params).student_grads for r in results])
+        _update(self.optimizer, params, grads)
+        if self.average:
+            self.average.update()
 
     def _student_params(self) -> list[nn.Parameter]:
         """A learned scale has no elements until it starts to learn."""
-        return [p for group in self.optimizer.param_groups for p in group["params"] if p.numel()]
+        return [p for p in _params(self.optimizer) if p.numel()]
 
     def _set_modes(self) -> None:
         """The student in evaluation mode (the teacher's BatchNorm statistics stay), but for static ranges that still move."""
@@ -158,7 +175,8 @@ class Training:
             iteration=self.iteration, student=self.student.state_dict(), optimizer=self.optimizer.state_dict(),
             generator=self.generator.state_dict() if self.generator else None,
             generator_optimizer=self.generator_optimizer.state_dict() if self.generator else None,
-            rng=self.rng.get_state(), memory=self.memory.state() if self.generator else None, metrics=self.metrics,
+            average=self.average.state() if self.average else None, rng=self.rng.get_state(),
+            memory=self.memory.state() if self.generator else None, metrics=self.metrics,
             sums=self._sums)
 
     def _load(self, state: dict) -> None:
@@ -169,6 +187,8 @@ class Training:
             self.generator.load_state_dict(state["generator"])
             self.generator_optimizer.load_state_dict(state["generator_optimizer"])
             self.memory.load_state(state["memory"])
+        if self.average:
+            self.average.load_state(state["average"])
         self.rng.set_state(state["rng"])
         self.metrics = state["metrics"]
         self._sums = {k: v.to(self.like.device) for k, v in state["sums"].items()}
@@ -176,11 +196,22 @@ class Training:
     def evaluate(self, function: Callable[[nn.Module], float]) -> float:
         """``function`` of the student as it would be deployed now; on one rank, the others get its number."""
         self.student.eval()
-        return parallel.from_first_rank(lambda: float(function(self.student)))
+        self._swap_average()
+        try:
+            return parallel.from_first_rank(lambda: float(function(self.student)))
+        finally:
+            self._swap_average()
+
+    def _swap_average(self) -> None:
+        if self.average:
+            self.average.swap()
 
     def close(self) -> None:
-        """Leave the student as it is deployed, in evaluation mode, and the teacher without hooks."""
+        """Leave the student as it is deployed, in evaluation mode, and both networks without hooks."""
         self.student.eval()
+        self._swap_average()
+        if self.features:
+            self.features.remove()
         if self.observed:
             self.observed.statistics.remove()
 
@@ -199,21 +230,31 @@ def _new_generator(config: ZeroShotConfig) -> Generator:
         return Generator(config.image_size, config.num_classes, config.latent_dim, config.image_channels, config.channels_last)
 
 
+def _params(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def _student_optimizer(student: nn.Module, config: ZeroShotConfig) -> torch.optim.Optimizer:
-    """SGD as published; learned scales are not decayed."""
+    """SGD as published, or AdamW; learned scales are not decayed."""
     scales, others = [], []
     for name, p in student.named_parameters():
         if p.requires_grad:
             (scales if name.endswith("learned_scale") else others).append(p)
     groups = [dict(params=others, weight_decay=config.weight_decay)] + ([dict(params=scales, weight_decay=0.0)] if scales else [])
+    if config.student_optimizer == "adam":
+        return torch.optim.AdamW(groups, config.student_lr)
     return torch.optim.SGD(groups, config.student_lr, config.momentum, nesterov=config.momentum > 0)
 
 
-def _update(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], grads: list[Sequence[Tensor]]) -> None:
-    """One step with the mean of the micro-batches' and the ranks' gradients."""
+def _mean_grads(grads: list[Sequence[Tensor]]) -> list[Tensor]:
+    """The mean of the micro-batches' and the ranks' gradients."""
     means = [g[0] if len(g) == 1 else torch.stack(g).mean(0) for g in zip(*grads)]
     parallel.average_(means)
-    for p, g in zip(params, means):
+    return means
+
+
+def _update(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], grads: list[Tensor]) -> None:
+    for p, g in zip(params, grads):
         p.grad = g
     optimizer.step()
     optimizer.zero_grad()

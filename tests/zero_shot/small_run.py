@@ -18,9 +18,10 @@ if __name__ == "__main__":
     teacher = teacher_network()
     act_quant = gq.GranQActPerChannelStatic.let(learned_scale=True) if act == "static" else gq.GranQActPerChannel
     student = gq.quantize(teacher, 3, 3, act_quant=act_quant)
+    beyond = dict(student_optimizer="adam", ema_decay=0.9) if act == "static" else {}
     config = preset(
         "cifar10", image_size=8, batch_size=8, epochs=12, iterations=5, warmup_epochs=1, student_lr=1e-2, checkpoint_every=3,
-        memory_size=1000, replay_steps=1)
+        memory_size=1000, replay_steps=1, **beyond)
 
     def on_iteration(done, log):
         print("iteration", done, flush=True)

@@ -17,7 +17,6 @@ from torch import nn
 import granq_plugin as gq
 from granq_plugin.core.ranges import CollectedRange
 from granq_plugin.zero_shot import preset, zero_shot_qat
-from granq_plugin.zero_shot.config import replace
 from granq_plugin.zero_shot.training import Training
 from networks import teacher_network
 
@@ -25,7 +24,7 @@ CONFIG = preset("cifar10", image_size=8, batch_size=8, epochs=3, iterations=4, w
 
 
 def changed(**settings):
-    return replace(CONFIG, **settings)
+    return CONFIG.replace(**settings)
 
 
 def pair(act_quant=gq.GranQActPerChannel, **options):
@@ -82,7 +81,11 @@ def test_the_student_s_learning_rate_rises_over_its_first_iterations():
     training.close()
 
 
-@pytest.mark.parametrize("options", [{}, dict(memory_size=20, replay_steps=2), dict(accumulation_steps=2)])
+BEYOND = dict(memory_size=20, replay_steps=1, student_optimizer="adam", feature_loss="features", ema_decay=0.9, sam_rho=0.1,
+              low_pass=3.0)
+
+
+@pytest.mark.parametrize("options", [{}, dict(memory_size=20, replay_steps=2), dict(accumulation_steps=2), BEYOND])
 @pytest.mark.parametrize("act_quant", [gq.GranQActPerChannel, gq.GranQActPerChannelStatic.let(learned_scale=True)])
 def test_same_seed_same_result(act_quant, options):
     config = changed(**options)
@@ -90,7 +93,7 @@ def test_same_seed_same_result(act_quant, options):
     for seed in (0, 0, 1):
         student, teacher = pair(act_quant)
         torch.manual_seed(random.randrange(1000))  # the global random state plays no part
-        zero_shot_qat(student, teacher, replace(config, seed=seed))
+        zero_shot_qat(student, teacher, config.replace(seed=seed))
         results += states(student)
     assert_same_state(results[0], results[1])
     assert any(not torch.equal(results[0][k], results[2][k]) for k in results[0])
@@ -178,7 +181,7 @@ def test_options_of_computing_change_little(options, compiler):
     results = []
     for extra in ({}, options):
         student, teacher = pair()
-        results.append(zero_shot_qat(student, teacher, replace(config, **extra)).metrics[-1])
+        results.append(zero_shot_qat(student, teacher, config.replace(**extra)).metrics[-1])
     tolerance = 0.2 if "bf16" in options else 0.02
     for name in ("loss_generator", "loss_bn", "loss_student"):
         assert results[1][name] == pytest.approx(results[0][name], rel=tolerance), name

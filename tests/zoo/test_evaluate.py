@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import zoo
+from zoo.card import Preprocessing
 from zoo.data import ImageSet, load_images
 from zoo.evaluate import evaluate, input_batches
-from zoo.registry import Preprocessing
 from zoo.weights import load_weights
 
 PREPROCESSING = Preprocessing(2, (0.1, 0.2, 0.3), (0.5, 0.4, 0.2))

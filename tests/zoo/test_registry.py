@@ -36,7 +36,7 @@ def test_patterns_and_unknown_names():
     (GOOD + "size = 3", "size"),
     ("colour = 1\n" + GOOD, "colour"),
     (GOOD.replace("[preprocessing]", "[preprocessing"), "Expected"),
-    ("name = 3", "preprocessing"),
+    ("name = 3", "unknown entry name"),
 ])
 def test_malformed_cards_are_named(text, message):
     assert Card.from_toml("good", GOOD).preprocessing.image_size == 32

@@ -1,0 +1,111 @@
+"""Which departures from the paper help a 3-bit student? One short run per switch, all on one run's synthetic images.
+
+    python -m benchmarks.ablation RUN_DIR --weights FILE --judge cifar100/train.npz [--data DIR]
+
+RUN_DIR is a run of ``granq qat`` with a memory; its network, bit widths and regime are taken. A switch is judged by the agreement
+of student and teacher on unlabelled natural images that neither network was trained or is tested on (``--judge``, an ``.npz``
+file); ``--data`` also prints test accuracy, which decides nothing. Writes ``benchmarks/results/ablation.csv`` and the README's
+table.
+"""
+
+import csv
+import time
+from pathlib import Path
+
+import click
+
+from benchmarks.readme import replace_table
+
+RESULTS = Path(__file__).parent / "results"
+MARKER = "ablation: written by python -m benchmarks.ablation"
+SWITCHES = {
+    "as published (SGD)": {},
+    "SGD, learning rate x 3": dict(student_lr=1.5e-3),
+    "Adam, 3e-4": dict(student_optimizer="adam", student_lr=3e-4),
+    "Adam, 1e-3": dict(student_optimizer="adam", student_lr=1e-3),
+    "Adam, 2e-3": dict(student_optimizer="adam", student_lr=2e-3),
+    "Adam, moving average of the weights": dict(student_optimizer="adam", student_lr=1e-3, ema_decay=0.98),
+    "Adam, features x 1": dict(student_optimizer="adam", student_lr=1e-3, feature_loss="features", feature_weight=1.0),
+    "Adam, features x 10": dict(student_optimizer="adam", student_lr=1e-3, feature_loss="features", feature_weight=10.0),
+    "Adam, attention maps x 10": dict(student_optimizer="adam", student_lr=1e-3, feature_loss="attention", feature_weight=10.0),
+    "Adam, sharpness-aware (twice the work)": dict(student_optimizer="adam", student_lr=1e-3, sam_rho=0.02),
+    "Adam, low-pass filtered images": dict(student_optimizer="adam", student_lr=1e-3, low_pass=10.0),
+}
+"""What each run changes; the learning rate of Adam is the best of the rows above it."""
+
+
+@click.command(help=__doc__)
+@click.argument("run_dir", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--weights", type=click.Path(path_type=Path), required=True, help="The float teacher's weights.")
+@click.option("--judge", type=click.Path(path_type=Path), required=True, help="Unlabelled natural images, .npz.")
+@click.option("--judge-images", type=click.IntRange(min=1), default=2000, show_default=True)
+@click.option("--data", type=click.Path(path_type=Path), help="Also print accuracy on its test set.")
+@click.option("--iterations", type=click.IntRange(min=1), default=400, show_default=True, help="Of each run, of 32 images.")
+@click.option("--only", multiple=True, help="Only switches whose name contains this; the table is not written.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
+def main(run_dir, weights, judge, judge_images, data, iterations, only, threads) -> None:
+    import torch
+
+    import zoo.data
+    import zoo.evaluate
+    import zoo.weights
+    from granq_plugin.zero_shot import preset, zero_shot_qat
+    from granq_plugin.zero_shot.step import low_pass
+    from zoo.students import load_run
+
+    torch.set_num_threads(threads)
+    described, _, _ = load_run(run_dir)
+    card = described.card
+    teacher = card.build()
+    zoo.weights.load_weights(teacher, weights)
+    images = zoo.weights.read_state_dict(run_dir / "images.safetensors")["images"].float()
+    natural = zoo.data.read_npz(judge).subset(judge_images, seed=1).images
+    batches = list(zoo.evaluate.input_batches(natural, card.preprocessing, 250))
+    test_set = None if data is None else zoo.data.load_images(data, card.dataset)
+    rows = []
+    with torch.no_grad():
+        expected = torch.cat([teacher(x).argmax(1) for x in batches])
+    for name, changes in SWITCHES.items():
+        if only and not any(o in name for o in only):
+            continue
+        config = preset(f"{card.dataset}_fast", memory_size=0, replay_steps=0, warmup_epochs=0, epochs=8,
+                        iterations=max(1, iterations // 8)).replace(**changes)
+        seen = low_pass(images, config.low_pass) if config.low_pass else images
+        start = time.perf_counter()
+        try:
+            student = zero_shot_qat(described.build(teacher), teacher, config, images=seen).student
+        except FloatingPointError as e:
+            click.echo(f"{name}: {e}")
+            continue
+        seconds = time.perf_counter() - start
+        with torch.no_grad():
+            agreement = float((torch.cat([student(x).argmax(1) for x in batches]) == expected).float().mean())
+        row = dict(switch=name, agreement=f"{100 * agreement:.1f}", seconds=f"{seconds:.0f}")
+        if test_set:
+            row["top1"] = f"{zoo.evaluate.evaluate(student, test_set, card.preprocessing).top1:.2f}"
+        click.echo(row)
+        rows.append(row)
+    if only:
+        return
+    part = RESULTS / "ablation.csv.part"
+    with open(part, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(RESULTS / "ablation.csv")
+    replace_table(MARKER, table(rows, f"{described.network}, W{described.weight_bit_width}A{described.act_bit_width}, "
+                                f"{described.weight_regime} weights, {described.activations} activations; {iterations} iterations "
+                                f"of 32 images; agreement on {len(natural)} images of {judge.parent.name}/{judge.name}."))
+
+
+def table(rows: list[dict], caption: str) -> str:
+    """Markdown, in the order of the switches."""
+    heads = dict(
+        switch="switch", agreement="agreement with the teacher, %", top1="test top-1, % (decides nothing)", seconds="seconds")
+    names = [n for n in heads if n in rows[0]]
+    lines = [[heads[n] for n in names], ["---"] * len(names), *([r[n] for n in names] for r in rows)]
+    return "\n".join([caption, "", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""``granq train-teacher``."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from granq_plugin.cli.options import input_errors, open_device, settings_from
+
+__all__ = ["train_teacher"]
+
+
+def _help_of_settings(context: click.Context, _, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        from zoo.train import TRAIN_PRESETS, TrainConfig
+        click.echo(f"data sets with settings of their own: {', '.join(TRAIN_PRESETS)}\n\n{TrainConfig().to_toml()}", nl=False)
+        context.exit()
+
+
+@click.command("train-teacher")
+@click.argument("name")
+@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", envvar="GRANQ_DATA", show_envvar=True,
+              help="Folder with the training images, and the test images for the accuracy at the end.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="RUN_DIR", required=True,
+              help="Folder for everything that the run leaves; a new one, or with --resume that of the same run.")
+@click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE",
+              help="TOML file of settings that differ from the data set's.")
+@click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="One more setting; may be repeated.")
+@click.option("--help-config", is_flag=True, is_eager=True, expose_value=False, callback=_help_of_settings,
+              help="Print all settings, and exit.")
+@click.option("--holdout", type=click.IntRange(min=1), metavar="N",
+              help="For choosing settings: train without N images drawn at random, and print the accuracy on these instead of the "
+              "test set's.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in RUN_DIR, if there is one.")
+@click.option("--device", default="cpu", show_default=True, help="torch device, e.g. cuda.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's].")
+def train_teacher(name, data, out, config_file, assignments, holdout, resume, device, threads) -> None:
+    """Train a float network of the zoo on labelled images, to be the teacher of granq qat.
+
+    RUN_DIR gets config.toml, run.json, metrics.csv, checkpoint.pt (every epoch) and teacher.safetensors.
+
+    \b
+    Example:
+      granq train-teacher resnet20_cifar100 --data DIR --out runs/teacher
+    """
+    with input_errors():
+        from zoo import get_card
+        card = get_card(name)
+    if data is None:
+        raise click.UsageError("no data folder: give --data DIR or set GRANQ_DATA")
+
+    import torch
+    from tqdm import tqdm
+
+    import zoo.data
+    import zoo.evaluate
+    import zoo.train
+    from granq_plugin.atomic import write_text
+    from granq_plugin.zero_shot.outcome import save_tensors
+
+    with input_errors():
+        config = settings_from(zoo.train.train_preset(card.dataset), config_file, assignments)
+        if threads:
+            torch.set_num_threads(threads)
+        device = open_device(device)
+        images = zoo.data.load_images(data, card.dataset, "train")
+        if holdout:
+            images, judged = images.split(holdout, config.seed)
+        else:
+            judged = zoo.data.load_images(data, card.dataset)
+        torch.manual_seed(config.seed)
+        model = card.build().to(device)
+
+    def evaluate(network) -> zoo.evaluate.Accuracy:
+        return zoo.evaluate.evaluate(network, judged, card.preprocessing, device=device)
+
+    def on_step(done: int, count: int) -> None:
+        if bar.n == 0:
+            bar.initial = bar.n = done - 1  # a resumed run: time left counts from here
+        bar.update(1)
+
+    def on_epoch(row: dict) -> None:
+        bar.write(f"epoch {row['epoch']}/{config.epochs}  size {row['image_size']}  loss {row['loss']:.3f}  "
+                  f"training accuracy {row['train_accuracy']:.1f} %  {row['images_per_second']:.0f} img/s", file=sys.stderr)
+
+    total = config.epochs * (len(images) // config.batch_size)
+    with tqdm(total=total, unit="step", mininterval=1) as bar, input_errors():
+        zoo.train.train_teacher(
+            model, images, card.preprocessing, config, run_dir=out, resume=resume, on_step=on_step, on_epoch=on_epoch)
+    accuracy = evaluate(model)
+    with input_errors():
+        summary = dict(
+            network=name, dataset=card.dataset, teacher_sha256=save_tensors(out / "teacher.safetensors", model.state_dict()),
+            images="held-out training" if holdout else "test", **{f"{'holdout' if holdout else 'test'}_images": len(judged)},
+            top1=accuracy.top1, top5=accuracy.top5, command=" ".join(["granq", *sys.argv[1:]]))
+        entries = json.loads((out / "run.json").read_text(encoding="utf-8")) | summary
+        write_text(out / "run.json", json.dumps(entries, indent=2) + "\n")
+    click.echo(f"{name}: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % on {len(judged)} {summary['images']} images "
+               f"(last of {config.epochs} epochs)\n  {out}/teacher.safetensors")

@@ -1,0 +1,109 @@
+"""Weights as the integers that they are: :func:`freeze_weights`."""
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from granq_plugin import functional as GF
+from granq_plugin.convert import copy_model
+from granq_plugin.core.frozen import FrozenMinMaxWeightQuant, FrozenPerKernelGranQ, FrozenWeightQuant
+from granq_plugin.core.proxy import GranQPerKernelWeightProxy, GranQWeightProxy
+
+__all__ = ["freeze_weights", "frozen_layers", "use_frozen_quantizers"]
+
+
+def freeze_weights(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Put the quantized values in the place of every weight that a GranQ quantizer quantizes, and keep its scales as buffers.
+
+    GranQ's weight quantizers compute their ranges from the weight at every forward, and the ranges of a quantized weight need not
+    be those that it was quantized with. A frozen quantizer has the scale and zero point as data, in the state dict: the outputs
+    are bit-identical to the model's, the weights are integers times a scale, and every export works as before.
+
+    Where no grid gives the values back, the weight stays in float and its quantizer is switched off: kernels of one value
+    (1x1 convolutions) in the per-kernel regime, which leaves these unquantized in effect.
+
+    Args:
+        model: a model with GranQ weight quantizers, float32. inplace: change ``model`` itself; otherwise a deep copy.
+
+    Returns:
+        The model in evaluation mode or training mode, as it was.
+
+    Raises:
+        ValueError: names the layer, if its weight is computed from others (``fold(..., trainable=True)``: bake it first), is not
+            float32 or not finite, or has a quantizer in common with another weight; if there is nothing to freeze.
+    """
+    model = model if inplace else copy_model(model)
+    layers = _quantized_layers(model)
+    if not layers:
+        raise ValueError("model has no GranQ weight quantizer to freeze, or is frozen already")
+    for name, layer in layers.items():
+        _check(name, layer)
+    for layer in layers.values():
+        _freeze(layer)
+    return model
+
+
+def use_frozen_quantizers(model: nn.Module, float_layers: frozenset[str] = frozenset()) -> None:
+    """Give ``model``, in place, the quantizers of a frozen one, still without scales: for a state dict that brings them.
+
+    Args:
+        float_layers: names of the layers whose weight stays in float.
+    """
+    for name, layer in _quantized_layers(model).items():
+        if name in float_layers:
+            layer.weight_quant.disable_quant = True
+        else:
+            _swap(layer.weight_quant)
+
+
+def frozen_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers with a frozen weight quantizer, by name."""
+    return {name: m for name, m in model.named_modules()
+            if isinstance(getattr(getattr(m, "weight_quant", None), "tensor_quant", None), FrozenWeightQuant)}
+
+
+def _quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    frozen = frozen_layers(model)
+    return {name: m for name, m in model.named_modules()
+            if isinstance(getattr(m, "weight_quant", None), (GranQWeightProxy, GranQPerKernelWeightProxy))
+            and m.weight_quant.is_quant_enabled and name not in frozen}
+
+
+def _check(name: str, layer: nn.Module) -> None:
+    if parametrize.is_parametrized(layer, "weight"):
+        raise ValueError(f"cannot freeze '{name}': its weight is computed from other parameters; bake() the model first")
+    if layer.weight.dtype != torch.float32 or not torch.isfinite(layer.weight).all():
+        raise ValueError(f"cannot freeze '{name}': its weight must be finite float32, got {layer.weight.dtype}")
+    if any(m.weight is not layer.weight for m in layer.weight_quant.tracked_module_list):
+        raise ValueError(f"cannot freeze '{name}': its weight quantizer is also another weight's; give each its own")
+
+
+def _swap(proxy: nn.Module) -> FrozenWeightQuant:
+    """A frozen quantizer, without scales, in the place of the proxy's; through the injector, so that it survives a reload."""
+    like = next(m.weight for m in proxy.tracked_module_list)
+    kind = FrozenPerKernelGranQ if isinstance(proxy, GranQPerKernelWeightProxy) else FrozenMinMaxWeightQuant
+    proxy.quant_injector = proxy.quant_injector.let(tensor_quant=kind)
+    proxy.init_tensor_quant()
+    proxy.tensor_quant.to(like.device).train(proxy.training)
+    return proxy.tensor_quant
+
+
+@torch.no_grad()
+def _freeze(layer: nn.Module) -> None:
+    proxy, weight = layer.weight_quant, layer.weight
+    old = proxy.tensor_quant
+    value, scale, zero_point, _ = old(weight)
+    if isinstance(proxy, GranQPerKernelWeightProxy):  # it divides by s, whose reciprocal is rounded
+        scale, zero_point = GF.inverse_scale(*GF.channel_range(weight), old.bit_width)
+    frozen = _swap(proxy)
+    frozen.set(scale, zero_point)
+    weight.copy_(value)
+    integers = frozen.to_int(value)
+    exact = torch.equal(frozen.dequantize(integers), value) and torch.equal(frozen(value)[0], value)
+    if exact and int(integers.max()) - frozen.lowest <= 2**frozen.bit_width:
+        return
+    if not isinstance(proxy, GranQPerKernelWeightProxy):
+        raise ValueError("a quantized weight is not on its own grid")
+    proxy.quant_injector = proxy.quant_injector.let(tensor_quant=type(old))
+    proxy.init_tensor_quant()
+    proxy.disable_quant = True

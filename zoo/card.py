@@ -1,0 +1,266 @@
+"""The card of a zoo entry: what it is, how well it does, and where it comes from. TOML, read and written whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass, field
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+
+from zoo.quantization import Quantization
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+if TYPE_CHECKING:  # the command line reads this file without torch
+    from torch import Tensor, nn
+
+__all__ = ["Card", "Costs", "Preprocessing", "Results", "Teacher", "Training", "Weights"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images become inputs: ``(x / 255 - mean) / std`` per channel, at ``image_size`` x ``image_size`` pixels.
+
+    Attributes:
+        mean, std: a number per channel. resize: image files are first resized to this shorter side (torchvision's Resize), then
+        cropped in the centre; None: only cropped. interpolation: "bilinear" or "bicubic".
+    """
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: int | None = None
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1 or (self.resize is not None and self.resize < self.image_size):
+            raise ValueError(f"image_size must be at least 1 and at most resize, got {self.image_size} and {self.resize}")
+        if not len(self.mean) == len(self.std) > 0 or min(self.std) <= 0:
+            raise ValueError(f"mean and std must be equally long lists, std above 0, got {self.mean} and {self.std}")
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise ValueError(f"interpolation must be bilinear or bicubic, got {self.interpolation!r}")
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Float32 inputs ``[B, C, S, S]`` of uint8 images of the same shape.
+
+        Raises:
+            ValueError: for images of another size or number of channels than the network's.
+        """
+        import torch
+        c, size = self.channels, self.image_size
+        if images.dim() != 4 or images.shape[2:] != (size, size):
+            found = "x".join(map(str, images.shape[2:]))
+            raise ValueError(f"images are {found}, the network takes {size}x{size}")
+        if images.shape[1] != c:
+            raise ValueError(f"images have {images.shape[1]} channels, the network takes {c}")
+        mean, std = (torch.tensor(v, device=images.device).view(1, c, 1, 1) for v in (self.mean, self.std))
+        return (images / 255 - mean) / std
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The float network that a quantized one comes from, or where the weights of a float one come from.
+
+    Attributes:
+        source: an address, or the name of a zoo entry. license: of its weights. sha256: of the file of weights.
+    """
+    source: str
+    license: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The file ``pretrained/NAME.safetensors``. Attributes: sha256, bytes: of that file. license: its terms."""
+    sha256: str
+    bytes: int
+    license: str
+
+
+@dataclass(frozen=True)
+class Results:
+    """Counts over a test set, at the last epoch.
+
+    Attributes:
+        data: what was evaluated on, in words. images: how many. correct, correct5: how many of them at first place, and among the
+        first five. top1, top5: the same in percent, to two decimals. float_top1: of the teacher, on the same images.
+    """
+    data: str
+    images: int
+    correct: int
+    correct5: int
+    top1: float
+    top5: float
+    float_top1: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.correct <= self.correct5 <= self.images or not self.images:
+            raise ValueError(
+                f"counts must be 0 <= correct <= correct5 <= images, got {self.correct}, {self.correct5}, {self.images}")
+        for name, count in (("top1", self.correct), ("top5", self.correct5)):
+            if abs(getattr(self, name) - 100 * count / self.images) > 0.00501:
+                raise ValueError(f"{name} = {getattr(self, name)} is not {count} of {self.images}")
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Per image. parameters: of the network. weight_bytes: of its convolutions and linear layers at their bit widths."""
+    parameters: int
+    macs: int
+    bit_operations: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Training:
+    """The command that made the weights.
+
+    Attributes:
+        command: as typed, paths replaced by words. epochs: the last one, which is the one that is shipped. version: of the plugin.
+        log: its metrics, epoch by epoch, and config: its settings; files in the zoo's folder.
+    """
+    command: str
+    epochs: int
+    version: str
+    log: str
+    config: str | None = None
+
+
+@dataclass(frozen=True)
+class Card:
+    """One zoo entry.
+
+    Attributes:
+        name: the card's file name. architecture: ``module:function``, called with ``num_classes`` and ``architecture_args``.
+        dataset: the data set's name, which is also its folder's. quantization: None for a float network. Others: see their types;
+        None where there is none (weights: not shipped; results: never evaluated; training: no training, or elsewhere).
+    """
+    name: str
+    architecture: str
+    dataset: str
+    num_classes: int
+    preprocessing: Preprocessing
+    description: str = ""
+    license: str = ""
+    date: str | None = None
+    preset: str | None = None
+    architecture_args: dict = field(default_factory=dict)
+    quantization: Quantization | None = None
+    teacher: Teacher | None = None
+    weights: Weights | None = None
+    results: Results | None = None
+    costs: Costs | None = None
+    training: Training | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.architecture):
+            raise ValueError(f"architecture must be module:function, got {self.architecture!r}")
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {self.num_classes}")
+        for part in (self.teacher, self.weights):
+            digest = getattr(part, "sha256", None)
+            if digest is not None and not re.fullmatch("[0-9a-f]{64}", digest):
+                raise ValueError(f"sha256 must be 64 hexadecimal digits, got {digest!r}")
+        if self.date is not None and not re.fullmatch(r"\d{4}-\d\d-\d\d", self.date):
+            raise ValueError(f"date must be YYYY-MM-DD, got {self.date!r}")
+
+    @classmethod
+    def from_toml(cls, name: str, text: str) -> Card:
+        """Parse a card. Raises a ValueError that names the card and what is wrong with it."""
+        try:
+            entries = tomllib.loads(text)
+            if "name" in entries:
+                raise ValueError("unknown entry name: the file's name is the entry's")
+            return _parsed(cls, entries | {"name": name}, "")
+        except (tomllib.TOMLDecodeError, ValueError, TypeError) as e:
+            raise ValueError(f"zoo card {name!r} is malformed: {e}") from e
+
+    def to_toml(self) -> str:
+        """The card as text, which :meth:`from_toml` reads back."""
+        lines, tables = [], []
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.name == "name" or value is None or value in ("", {}):
+                continue
+            if dataclasses.is_dataclass(value):
+                value = {k: v for k, v in dataclasses.asdict(value).items() if v is not None}
+            if isinstance(value, dict):
+                tables += ["", f"[{f.name}]", *(f"{k} = {_toml(v)}" for k, v in value.items())]
+            else:
+                lines.append(f"{f.name} = {_toml(value)}")
+        return "\n".join(lines + tables) + "\n"
+
+    def build(self) -> nn.Module:
+        """The float network, with fresh weights, in evaluation mode.
+
+        Raises:
+            ValueError: if the architecture cannot be imported or called, or is no eager torch module.
+        """
+        import torch
+        module, function = self.architecture.split(":")
+        try:
+            found = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as e:
+            raise ValueError(f"zoo entry {self.name!r}: there is no {self.architecture!r}: {e}") from e
+        network = found(num_classes=self.num_classes, **self.architecture_args)
+        if not isinstance(network, torch.nn.Module) or isinstance(network, torch.jit.ScriptModule):
+            raise ValueError(f"zoo entry {self.name!r}: {self.architecture!r} must return a torch.nn.Module, and no TorchScript; "
+                             f"got {type(network).__name__}")
+        return network.eval()
+
+    def example_input(self) -> Tensor:
+        """A black image, ``[1, C, S, S]``."""
+        import torch
+        size = self.preprocessing.image_size
+        return torch.zeros(1, self.preprocessing.channels, size, size)
+
+
+def _toml(value: Any) -> str:
+    """TOML of a plain value: for these types, JSON is."""
+    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
+
+
+def _parsed(kind: type, entries: dict, where: str):
+    """A dataclass of plain values, checked against its annotations; errors name the entry."""
+    fields, types = {f.name: f for f in dataclasses.fields(kind)}, get_type_hints(kind)
+    unknown = [k for k in entries if k not in fields]
+    if unknown:
+        raise ValueError(f"unknown entry {where}{unknown[0]}; allowed: {', '.join(k for k in fields if k != 'name')}")
+    missing = [k for k, f in fields.items()
+               if k not in entries and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    if missing:
+        raise ValueError(f"there is no entry {where}{missing[0]}")
+    values = {k: _value(types[k], v, where + k) for k, v in entries.items()}
+    try:
+        return kind(**values)
+    except ValueError as e:
+        raise ValueError(f"[{where.rstrip('.')}] {e}" if where else str(e)) from e
+
+
+def _value(kind, value, where: str):
+    if isinstance(kind, UnionType):  # X | None
+        kind = next(k for k in get_args(kind) if k is not NoneType)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"entry {where} must be a table, got {value!r}")
+        return _parsed(kind, value, f"{where}.")
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"entry {where} must be a list of numbers, got {value!r}")
+        return tuple(_value(get_args(kind)[0], v, where) for v in value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", dict: "a table"}
+        raise ValueError(f"entry {where} must be {words[kind]}, got {value!r}")
+    return value

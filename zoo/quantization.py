@@ -1,0 +1,105 @@
+"""How a zoo network is quantized, as data, and the names that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the command line reads this file without torch
+    from torch import Tensor, nn
+
+__all__ = ["ACTIVATIONS", "WEIGHT_REGIMES", "Quantization"]
+
+WEIGHT_REGIMES = {
+    "per-output-channel": "GranQWeightPerChannel",
+    "per-output-channel-symmetric": "GranQWeightPerChannelSymmetric",
+    "per-kernel": "GranQWeightPerKernel",
+}
+ACTIVATIONS = ("dynamic", "static", "folded")
+_SUFFIXES = {"per-output-channel": "", "per-output-channel-symmetric": "_symmetric", "per-kernel": "_per_kernel"}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Bit widths and regime.
+
+    Attributes:
+        weight_bit_width, act_bit_width: 1 to 16. weight_regime: of WEIGHT_REGIMES.
+        activations: "dynamic" (the paper), "static", or "folded": static, with quantizers for the input, residual branches and
+            pools, weights quantized after multiplication with the scales (for FINN; ``granq_plugin.deploy``).
+        learned_scale: static scales go on learning once they are frozen.
+
+    Raises:
+        TypeError, ValueError: at construction, naming the field, the value and what is allowed.
+    """
+    weight_bit_width: int
+    act_bit_width: int
+    weight_regime: str = "per-output-channel"
+    activations: str = "dynamic"
+    learned_scale: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("weight_regime", tuple(WEIGHT_REGIMES)), ("activations", ACTIVATIONS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("weight_bit_width", "act_bit_width"):
+            if type(getattr(self, name)) is not int or getattr(self, name) not in range(1, 17):
+                raise ValueError(f"{name} must be a whole number from 1 to 16, got {getattr(self, name)!r}")
+        if self.learned_scale and self.activations != "static":
+            raise ValueError(f"learned_scale needs static activations, got {self.activations}")
+        if self.activations == "folded" and self.weight_regime != "per-output-channel-symmetric":
+            raise ValueError(f"folded activations need per-output-channel-symmetric weights, got {self.weight_regime}")
+
+    @property
+    def bits(self) -> str:
+        """Such as "W4A4"."""
+        return f"W{self.weight_bit_width}A{self.act_bit_width}"
+
+    @property
+    def suffix(self) -> str:
+        """What stands behind the dot of an entry's name: ``granq_w4a4``, ``granq_w4a4_static``, ``granq_w3a3_per_kernel``...
+
+        Weights are per output channel and asymmetric, activations dynamic, unless the suffix says otherwise; folded networks are
+        always symmetric.
+        """
+        regime = "" if self.activations == "folded" else _SUFFIXES[self.weight_regime]
+        activations = "" if self.activations == "dynamic" else f"_{self.activations}"
+        return f"granq_{self.bits.lower()}{regime}{activations}{'_learned' if self.learned_scale else ''}"
+
+    def build(
+            self, teacher: nn.Module, example_input: Tensor,
+            calibrate: Callable[[nn.Module], nn.Module] | None = None) -> nn.Module:
+        """A float network with these quantizers and its own weights. A folded one is trainable: ``deploy.bake`` ends that.
+
+        Args:
+            calibrate: for folded activations: gives the prepared network its ranges, and returns it.
+
+        Raises:
+            ValueError: for folded activations without ``calibrate``; and see :func:`granq_plugin.quantize`.
+        """
+        import granq_plugin as gq
+        weight_quant = getattr(gq, WEIGHT_REGIMES[self.weight_regime])
+        if self.activations != "folded":
+            act_quant = gq.GranQActPerChannel
+            if self.activations == "static":
+                act_quant = gq.GranQActPerChannelStatic.let(learned_scale=self.learned_scale)
+            return gq.quantize(teacher, self.weight_bit_width, self.act_bit_width, weight_quant=weight_quant, act_quant=act_quant)
+        if calibrate is None:
+            raise ValueError("folded activations need ranges first: images of another run, or calibration data")
+        from granq_plugin.deploy import fold
+        return fold(calibrate(self.prepared(teacher, example_input)), example_input, trainable=True)
+
+    def prepared(self, teacher: nn.Module, example_input: Tensor) -> nn.Module:
+        """With folded activations: the static network that is calibrated, then folded."""
+        import granq_plugin as gq
+        from granq_plugin.deploy import prepare
+        return prepare(
+            _deployable(teacher), example_input, self.weight_bit_width, self.act_bit_width,
+            weight_quant=getattr(gq, WEIGHT_REGIMES[self.weight_regime]), act_quant=gq.GranQActPerChannelStatic)
+
+
+def _deployable(teacher: nn.Module) -> nn.Module:
+    """Padding shortcuts as convolutions, which accelerators map."""
+    from zoo.models.cifar_resnet import PaddingShortcut, convolution_shortcuts
+    return convolution_shortcuts(teacher) if any(isinstance(m, PaddingShortcut) for m in teacher.modules()) else teacher
