@@ -26,7 +26,7 @@ def demo(out, weight_bits, act_bits) -> None:
     A float network for handwritten digits, which comes with the package, is quantized, trained on invented images, made ready for
     FPGAs, exported, run in other programs, and described in DIR/report.html.
     """
-    missing = [name for name in _NEEDED if find_spec(name) is None]
+    missing = [name.replace("sklearn", "scikit-learn") for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise click.ClickException(f"granq demo needs {', '.join(missing)}: pip install 'granq-plugin[demo]'")
     click.echo("granq demo: some minutes on two cores; an interrupted demo goes on when it is started again", err=True)

@@ -113,7 +113,7 @@ PRESETS: dict[str, ZeroShotConfig] = {
     "cifar100": ZeroShotConfig(num_classes=100, batch_size=200),
     "cifar10_fast": ZeroShotConfig(**_FAST),
     "cifar100_fast": ZeroShotConfig(**_FAST, num_classes=100),
-    "digits_fast": ZeroShotConfig(**_FAST | dict(image_size=8, image_channels=1, epochs=12, student_lr=2e-3, checkpoint_every=100)),
+    "digits_fast": ZeroShotConfig(**_FAST | dict(image_size=8, image_channels=1, epochs=12, checkpoint_every=100)),
     "imagenet_resnet18": ZeroShotConfig(**_IMAGENET, student_lr=1e-5, warmup_epochs=50),
     "imagenet_mobilenet_v2": ZeroShotConfig(**_IMAGENET, student_lr=1e-5, warmup_epochs=4),
     "imagenet_resnet50": ZeroShotConfig(
