@@ -154,5 +154,5 @@ def test_digits_need_neither_data_nor_weights(tmp_path, capsys, monkeypatch):
     assert code == 0, err
     entries = json.loads((tmp_path / "run" / "run.json").read_text())
     assert entries["teacher_weights_sha256"] == card.weights.sha256 and entries["test_images"] == 359
-    code, out, err = run(["verify", tmp_path / "none.onnx", "--model", tmp_path / "run"], capsys)
+    code, _, err = run(["verify", tmp_path / "none.onnx", "--model", tmp_path / "run"], capsys)
     assert code == 2 and "does not exist" in err
