@@ -279,6 +279,9 @@ def main(threads: int, seconds: float, parts: tuple[str, ...]) -> None:
         write_rows("quantizer_memory.csv", MEMORY_FIELDS, measure_memory())
     if "scaling" in parts:
         write_rows("quantizer_scaling.csv", SCALING_FIELDS, measure_scaling(seconds / 3))
+    missing = [p for p in ("quantizer.csv", "quantizer_scaling.csv", "quantizer_memory.csv") if not (RESULTS / p).exists()]
+    if missing:
+        raise click.ClickException(f"the table needs all parts, and these were never measured: {', '.join(missing)}")
     rows, scaling, memory = (read_rows(f"quantizer{name}.csv") for name in ("", "_scaling", "_memory"))
     with atomic_path(RESULTS / "quantizer.png") as part:
         plot_shapes(rows, part)
