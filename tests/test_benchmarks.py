@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import accuracy, export, readme, recipe, zero_shot
+from benchmarks import accuracy, export, quantizer, readme, recipe, zero_shot
 from granq_plugin.core.proxy import GranQDynamicActProxy, GranQStaticActProxy
 
 
@@ -73,3 +73,34 @@ def test_the_export_table_is_the_committed_csv_s():
     for row in rows:
         if row["kind"] == "folded":
             assert int(row["unequal_integers"]) == 0 and row["close"] == row["images"] and row["correct"] == row["torch_correct"]
+
+
+def test_the_quantizer_table_is_the_committed_csv_s():
+    rows, scaling, memory = (quantizer.read_rows(f"quantizer{name}.csv") for name in ("", "_scaling", "_memory"))
+    assert readme.current_table(quantizer.MARKER) == quantizer.table(rows, scaling, memory)
+    floors = {(r["shape"], r["mode"]): float(r["median_ms"]) for r in rows if r["method"] == "clone"}
+    assert len(floors) == len(quantizer.SHAPES) * len(quantizer.MODES)
+    for r in rows:
+        assert float(r["ratio_to_clone"]) == pytest.approx(float(r["median_ms"]) / floors[r["shape"], r["mode"]], rel=0.01, abs=0.002)
+
+
+def test_the_quantizers_that_are_timed_do_what_their_labels_say():
+    """One scale per sample and channel gives at most 16 values each; one per tensor, 16 in all."""
+    x = torch.randn(2, 8, 6, 6)
+    for name, method in quantizer.methods(8).items():
+        y = method(x)
+        assert y.shape == x.shape and name in quantizer.LABELS
+        if name == "clone":
+            continue
+        levels, levels_of_channel = y.unique().numel(), max(y[b, c].unique().numel() for b in range(2) for c in range(8))
+        assert levels_of_channel <= 16
+        assert (levels <= 16) == (name == "brevitas_per_tensor"), (name, levels)
+    times = quantizer.in_turns(quantizer.callers(dict(clone=torch.clone), (2, 3, 4, 4), "forward+backward"), 0.01)
+    assert len(times["clone"]) >= 5
+
+
+def test_the_quantizer_plots_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib (bench extra) is not installed")
+    quantizer.plot_shapes(quantizer.read_rows("quantizer.csv"), tmp_path / "a.png")
+    quantizer.plot_scaling(quantizer.read_rows("quantizer_scaling.csv"), tmp_path / "b.png")
+    assert all((tmp_path / f"{n}.png").read_bytes().startswith(b"\x89PNG") for n in "ab")
