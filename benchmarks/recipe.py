@@ -3,7 +3,7 @@
     python -m benchmarks.recipe [--network resnet20 --batch-size 200 --device cpu --threads 2] [--table-only]
 
 Networks with fresh weights, 3 bits, weights per kernel (the published regime). Both loops take turns in one process; medians of
-whole iterations, optimizers included. Then both run in phases (benchmarks/recipe_profile.py), in turns as well. Replaces the rows of
+whole iterations, optimizers included. Then both run in phases (benchmarks/recipe_profile.py), in turns too. Replaces the rows of
 these networks, batch sizes, devices and threads in ``benchmarks/results/recipe.csv`` and ``recipe_profile.csv``, and both tables in
 the README.
 """
