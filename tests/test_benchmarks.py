@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import accuracy, export, readme, recipe, recipe_profile, zero_shot
+import zoo
+from benchmarks import accuracy, evaluate, export, readme, recipe, recipe_profile, zero_shot
 from granq_plugin.core.proxy import GranQDynamicActProxy, GranQStaticActProxy
 from granq_plugin.zero_shot.step import generator_step
+from zoo.data import ImageSet
 
 
 def test_the_accuracy_table_is_the_committed_csv_s():
@@ -76,6 +78,37 @@ def test_recipe_times_whole_iterations():
     assert training.iteration == 2 and all(t[0] > 0 for t in times)
 
 
+def test_the_evaluate_table_is_the_committed_csv_s():
+    rows = evaluate.read_rows()
+    assert readme.current_table(evaluate.MARKER) == evaluate.table(rows)
+    for setting in {(r["device"], r["threads"], r["memory_format"]) for r in rows}:
+        speeds = {r["network"]: r for r in rows if (r["device"], r["threads"], r["memory_format"]) == setting}
+        assert set(speeds) == set(evaluate.KINDS)
+        for r in speeds.values():
+            share = float(r["images_per_second"]) / float(speeds["float"]["images_per_second"])
+            assert float(r["ratio"]) == pytest.approx(share, rel=0.01, abs=1e-3)
+        assert float(speeds["loading"]["ratio"]) > 10, "loading takes a tenth of the time"
+
+
+def test_evaluate_runs_every_network_on_every_image():
+    card = zoo.get_card("resnet20_cifar10")
+    data = ImageSet(torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8), torch.arange(6), "memory")
+    models = evaluate.networks(card.build(), card.example_input(), 4)
+    kinds = {kind: {type(m).__name__ for m in model.modules()} for kind, model in models.items()}
+    assert tuple(models) == evaluate.KINDS
+    assert "GranQDynamicActProxy" in kinds["dynamic"] and "GranQStaticActProxy" in kinds["static"]
+    assert "IntQuant" in kinds["folded"] and not any("GranQ" in name for name in kinds["folded"])  # scale 1: Brevitas's own
+    assert not any("Proxy" in name for name in kinds["float"] | kinds["loading"])
+    seen = {kind: [] for kind in models}
+    for kind, model in models.items():
+        model.register_forward_pre_hook(lambda _, inputs, kind=kind: seen[kind].append(inputs[0]))
+    speeds = evaluate.measure(models, data, card.preprocessing, 4, "cpu", "channels_last", 2)
+    for kind, inputs in seen.items():
+        assert [len(x) for x in inputs] == [4, 4, 2, 4, 2]  # the warm-up, then all images twice
+        assert all(x.is_contiguous(memory_format=torch.channels_last) for x in inputs)
+        assert len(speeds[kind]) == 2 and min(speeds[kind]) > 0
+
+
 def test_every_regime_builds_what_it_says():
     batches = lambda: iter([torch.randn(4, 3, 6, 6)])  # noqa: E731
     for weights, (quantizer, all_activations) in accuracy.REGIMES.items():
@@ -92,8 +125,10 @@ def test_every_regime_builds_what_it_says():
 
 def test_plot_is_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib (bench extra) is not installed")
-    accuracy.plot(accuracy.read_rows(), tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    for benchmark in (accuracy, evaluate):
+        benchmark.plot(benchmark.read_rows(), tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "plot.png").unlink()
 
 
 def test_the_zero_shot_table_is_the_committed_csv_s():
