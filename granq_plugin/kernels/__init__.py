@@ -1,20 +1,22 @@
 """Fused versions of the quantizers of :mod:`granq_plugin.functional`: the same results, bit for bit, at the price of a copy.
 
-On CPU a small C++ kernel that the system's compiler builds on first use (:mod:`~granq_plugin.kernels.native`). Everything else
-(layouts it does not know, tracing, export, vmap, ``torch.compile``, no compiler) runs the operations of ``functional``. The
+On CPU a small C++ kernel that the system's compiler builds on first use (:mod:`~granq_plugin.kernels.native`), on GPU a Triton
+kernel of the dynamic quantizer (:mod:`~granq_plugin.kernels.triton_kernel`). Everything else (layouts they do not know, tracing, export, vmap, ``torch.compile``, no compiler) runs the operations of ``functional``. The
 environment variable ``GRANQ_KERNEL`` forces one: "eager", "compiled" or "triton".
 """
 
 import os
+from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from granq_plugin import functional as GF
 from granq_plugin.functional import GranQResult
-from granq_plugin.kernels.layout import IDENTITY, Before, Layout, layout_of
+from granq_plugin.kernels.layout import IDENTITY, Before, Layout, layout_of, static_layout_of
 
-__all__ = ["BACKENDS", "IDENTITY", "Before", "backend", "granq", "why_not_compiled"]
+__all__ = ["BACKENDS", "IDENTITY", "Before", "affine_quantize", "backend", "granq", "granq_batch_norm", "why_not_compiled"]
 
 BACKENDS = ("eager", "compiled", "triton")
 _PLAIN = (Tensor, nn.Parameter)  # subclasses (fake tensors, DTensor...) see torch's operations
@@ -43,21 +45,42 @@ def backend(x: Tensor, channel_axis: int = 1) -> str:
     return _choose(x, channel_axis)[0]
 
 
-def _choose(x: Tensor, channel_axis: int) -> tuple[str, Layout | None]:
+def _choose(x: Tensor, channel_axis: int, layout_of=layout_of) -> tuple[str, Layout | None]:
     if torch.compiler.is_compiling() or _is_observed() or type(x) not in _PLAIN:
         return "eager", None
     name = forced()
     if name == "eager":
         return name, None
-    layout = layout_of(x, channel_axis) if x.layout == torch.strided and x.is_floating_point() else None
-    if layout is None or not x.is_cpu or x.is_neg():
+    layout = layout_of(x, channel_axis) if x.layout == torch.strided and x.is_floating_point() and not x.is_neg() else None
+    if layout is None:
         return "eager", None
-    problem = why_not_compiled(x.dtype)
+    if name == "triton" or name is None and x.is_cuda:
+        problem = _why_not_triton(x)
+        chosen = "triton" if problem is None and layout.scale_shape and x.dtype != torch.float64 else "eager"
+    elif not x.is_cpu:
+        return "eager", None
+    else:
+        chosen, problem = "compiled", why_not_compiled(x.dtype)
     if problem is None:
-        return "compiled", layout
-    if name == "compiled":
-        raise RuntimeError(f"GRANQ_KERNEL=compiled, but: {problem}")
+        return chosen, layout
+    if name:
+        raise RuntimeError(f"GRANQ_KERNEL={name}, but: {problem}")
     return "eager", None
+
+
+def _why_not_triton(x: Tensor) -> str | None:
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton runs on a GPU, and x is on {x.device} (TRITON_INTERPRET=1 interprets it on CPU, for tests)"
+    return _triton_problem()
+
+
+@cache
+def _triton_problem() -> str | None:
+    try:
+        from granq_plugin.kernels import triton_kernel  # noqa: F401
+    except ImportError as e:
+        return f"Triton cannot be imported: {e}"
+    return None
 
 
 def _is_observed() -> bool:
@@ -84,4 +107,65 @@ def granq(x: Tensor, bit_width: int, channel_axis: int = 1, before: Before = IDE
         if chosen == "compiled":
             from granq_plugin.kernels import compiled
             return compiled.granq(x, GF.check_bit_width(bit_width), layout, before)
+        if chosen == "triton":
+            from granq_plugin.kernels import triton_kernel
+            return triton_kernel.granq(x, GF.check_bit_width(bit_width), layout, before)
     return GF.granq(before.apply(x), bit_width, channel_axis)
+
+
+def granq_batch_norm(
+        x: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        bit_width: int,
+        before: Before = Before(relu=True)) -> GranQResult:
+    """BatchNorm in evaluation mode, ReLU and :func:`granq_plugin.functional.granq`, fused: what a network in zero-shot QAT runs.
+
+    Args:
+        x: float tensor ``[B, C, *spatial]``.
+        running_mean, running_var, weight, bias: ``[C]``, the last two or None; eps: of the BatchNorm.
+        bit_width: k, from 1 to 16. before: ReLU and clamp between BatchNorm and quantization.
+
+    Returns:
+        :class:`~granq_plugin.functional.GranQResult`, with gradients to x, weight and bias. Equal bit for bit to
+        ``granq(relu(F.batch_norm(x, ...)))`` where torch's CPU kernels multiply and add in one rounding (x86 with AVX2, float32
+        and half precision); elsewhere, and in float64, BatchNorm's result may differ in its last bits, and a value that lies on
+        a rounding tie by one level.
+
+    Raises:
+        TypeError, ValueError: see :func:`granq`.
+    """
+    chosen, layout = _choose(x, 1) if isinstance(x, Tensor) and x.dim() > 2 else ("eager", None)
+    if chosen == "compiled":
+        wide = torch.promote_types(x.dtype, torch.float32)
+        parameters = [t for t in (running_mean, running_var, weight, bias) if t is not None]
+        if all(t.dtype == wide and t.is_cpu and t.is_contiguous() and t.numel() == x.shape[1] for t in parameters):
+            from granq_plugin.kernels import compiled
+            return compiled.granq_batch_norm(
+                x, running_mean, running_var, weight, bias, eps, GF.check_bit_width(bit_width), layout, before)
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+    return GF.granq(before.apply(y), bit_width)
+
+
+def affine_quantize(
+        x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int], channel_axis: int = 1,
+        before: Before = IDENTITY) -> Tensor:
+    """:func:`granq_plugin.functional.affine_quantize` of ``before.apply(x)`` in one pass: frozen ranges, and weights.
+
+    Args:
+        x, scale, zero_point, limits: see there; scale and zero_point with one element per channel.
+        channel_axis: where the channels stand. before: a ReLU and a clamp to do first.
+
+    Returns:
+        As there. Keeps one bit of each value for the backward.
+    """
+    chosen, layout = _choose(x, channel_axis, static_layout_of)
+    if chosen == "compiled":
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if all(t.dtype == wide and t.is_cpu and t.is_contiguous() and t.numel() == layout.channels for t in (scale, zero_point)):
+            from granq_plugin.kernels import compiled
+            return compiled.affine_quantize(x, scale.detach(), zero_point.detach(), limits, layout, before)
+    return GF.affine_quantize(before.apply(x), scale, zero_point, limits)
