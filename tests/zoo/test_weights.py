@@ -96,7 +96,7 @@ def in_chenyaofo_s_words(name):
     return name.replace("shortcut.", "downsample.").replace("linear.", "fc.")
 
 
-@pytest.mark.parametrize("architecture", ["resnet20", "torchvision resnet18", "torchvision resnet50"])
+@pytest.mark.parametrize("architecture", ["resnet20", "torchvision resnet18"])
 @pytest.mark.parametrize("layout", ["own", "chenyaofo", "pytorchcv"])
 def test_layouts_of_other_collections(tmp_path, architecture, layout):
     if architecture == "resnet20":
