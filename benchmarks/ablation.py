@@ -19,19 +19,19 @@ from benchmarks.readme import replace_table
 RESULTS = Path(__file__).parent / "results"
 MARKER = "ablation: written by python -m benchmarks.ablation"
 SWITCHES = {
-    "as published (SGD)": {},
-    "SGD, learning rate x 3": dict(student_lr=1.5e-3),
+    "as published: SGD, here 5e-4": {},
+    "SGD, 2e-4": dict(student_lr=2e-4),
+    "SGD, 1.5e-3": dict(student_lr=1.5e-3),
     "Adam, 3e-4": dict(student_optimizer="adam", student_lr=3e-4),
     "Adam, 1e-3": dict(student_optimizer="adam", student_lr=1e-3),
-    "Adam, 2e-3": dict(student_optimizer="adam", student_lr=2e-3),
-    "Adam, moving average of the weights": dict(student_optimizer="adam", student_lr=1e-3, ema_decay=0.98),
-    "Adam, features x 1": dict(student_optimizer="adam", student_lr=1e-3, feature_loss="features", feature_weight=1.0),
-    "Adam, features x 10": dict(student_optimizer="adam", student_lr=1e-3, feature_loss="features", feature_weight=10.0),
-    "Adam, attention maps x 10": dict(student_optimizer="adam", student_lr=1e-3, feature_loss="attention", feature_weight=10.0),
-    "Adam, sharpness-aware (twice the work)": dict(student_optimizer="adam", student_lr=1e-3, sam_rho=0.02),
-    "Adam, low-pass filtered images": dict(student_optimizer="adam", student_lr=1e-3, low_pass=10.0),
+    "moving average of the weights": dict(ema_decay=0.98),
+    "BatchNorm outputs x 1": dict(feature_loss="features", feature_weight=1.0),
+    "BatchNorm outputs x 10": dict(feature_loss="features", feature_weight=10.0),
+    "attention maps x 10": dict(feature_loss="attention", feature_weight=10.0),
+    "sharpness-aware (twice the work)": dict(sam_rho=0.02),
+    "low-pass filtered images": dict(low_pass=10.0),
 }
-"""What each run changes; the learning rate of Adam is the best of the rows above it."""
+"""What each run changes of the first."""
 
 
 @click.command(help=__doc__)
@@ -69,7 +69,7 @@ def main(run_dir, weights, judge, judge_images, data, iterations, only, threads)
         if only and not any(o in name for o in only):
             continue
         config = preset(f"{card.dataset}_fast", memory_size=0, replay_steps=0, warmup_epochs=0, epochs=8,
-                        iterations=max(1, iterations // 8)).replace(**changes)
+                        iterations=max(1, iterations // 8), bf16=True, channels_last=True).replace(**changes)
         seen = low_pass(images, config.low_pass) if config.low_pass else images
         start = time.perf_counter()
         try:

@@ -21,6 +21,7 @@ __all__ = [
     "MIN_RANGE",
     "GranQResult",
     "affine_params",
+    "affine_quantize",
     "channel_range",
     "check_bit_width",
     "check_finite",
@@ -28,7 +29,9 @@ __all__ = [
     "check_symmetric",
     "fake_quantize",
     "granq",
+    "integer_limits",
     "inverse_scale",
+    "quantize_to_integers",
 ]
 
 MIN_RANGE = 1e-8
@@ -259,3 +262,70 @@ def affine_params(lo: Tensor, hi: Tensor, bit_width: int, signed: bool = False) 
     # half ranges: hi - lo may overflow where neither end does
     scale = (hi * 0.5 - lo * 0.5).clamp_min(MIN_RANGE / 2) / ((2**bit_width - 1) / 2)
     return scale, torch.round(-lo / scale).abs()  # abs: no negative zero
+
+
+def integer_limits(bit_width: int, signed: bool = False, narrow_range: bool = False) -> tuple[int, int]:
+    """The lowest and the highest integer of a bit width; ``narrow_range`` gives up one of them, as in Brevitas."""
+    if signed:
+        return -2**(bit_width - 1) + narrow_range, 2**(bit_width - 1) - 1
+    return 0, 2**bit_width - 1 - narrow_range
+
+
+class _AffineQuantize(torch.autograd.Function):
+    """The arithmetic of Brevitas's IntQuant in one chain, and the gradient of its path, factor by factor."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, zero_point: Tensor, lowest: int, highest: int) -> Tensor:
+        y = x / scale
+        return y.add_(zero_point).round_().clamp_(lowest, highest).sub_(zero_point).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3])
+        ctx.limits = inputs[3:]
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale, zero_point = ctx.saved_tensors
+        q = torch.round(x / scale + zero_point)
+        clipped = (q < ctx.limits[0]) | (q > ctx.limits[1])
+        return torch.where(clipped, 0, grad * scale / scale).to(x.dtype), None, None, None, None
+
+
+def affine_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int]) -> Tensor:
+    """``(clamp(round(x / scale + zero_point)) - zero_point) * scale`` with the straight-through gradient inside the limits.
+
+    Equal to Brevitas's ``IntQuant`` (round half to even, ``TensorClamp``) bit for bit, its gradient to x too; scale and
+    zero_point get none.
+
+    Args:
+        x: float tensor. scale, zero_point: of :func:`affine_params`, broadcastable to x, float32 or float64.
+        limits: of :func:`integer_limits`.
+
+    Returns:
+        Tensor of the shape and dtype of x. The arithmetic is done in the dtype of ``scale``, or in that of x if it is wider.
+    """
+    return _AffineQuantize.apply(x, scale, zero_point, *limits)
+
+
+def quantize_to_integers(x: Tensor, scale: Tensor, zero_point: Tensor, bit_width: int, signed: bool = False,
+                         narrow_range: bool = False) -> Tensor:
+    """The integers behind :func:`affine_quantize`, as an accelerator holds them.
+
+    Args:
+        x, scale, zero_point: see :func:`affine_quantize`. bit_width, signed, narrow_range: see :func:`integer_limits`.
+
+    Returns:
+        Tensor of the shape of x, without gradient: uint8 or int8 up to 8 bits, int32 above. Subtracting ``zero_point`` and
+        multiplying by ``scale`` gives :func:`affine_quantize` exactly.
+
+    Raises:
+        ValueError: see :func:`check_bit_width` and :func:`check_finite`: no integer stands for NaN or Inf.
+    """
+    bit_width = check_bit_width(bit_width)
+    check_finite(x)
+    dtype = torch.int32 if bit_width > 8 else torch.int8 if signed else torch.uint8
+    integers = torch.round(x.detach() / scale.detach() + zero_point)
+    return integers.clamp(*integer_limits(bit_width, signed, narrow_range)).to(dtype)

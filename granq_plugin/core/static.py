@@ -6,7 +6,8 @@ from brevitas.function.ops_ste import abs_binary_sign_grad, scalar_clamp_min_ste
 from torch import Tensor, nn
 
 from granq_plugin import functional as GF
-from granq_plugin.core.base import ActClamp, GranQBase
+from granq_plugin import kernels
+from granq_plugin.core.base import ActClamp, GranQBase, has_stock_arithmetic
 from granq_plugin.core.ranges import CollectedRange
 
 __all__ = ["StaticGranQ"]
@@ -38,6 +39,8 @@ class StaticGranQ(GranQBase):
         ``(value, scale, zero_point, bit_width)``, scale of shape ``[1, C, 1, ...]``.
     """
 
+    fuses_relu = True
+
     def __init__(
             self,
             int_quant: nn.Module,
@@ -67,21 +70,41 @@ class StaticGranQ(GranQBase):
             scale, _ = GF.affine_params(*self.scaling_impl.ends(), self.bit_width, self.signed)
             self.learned_scale.data = scale.to(self.learned_scale)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, relu: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         bit_width = self.msb_clamp_bit_width_impl()
         if x.dim() == 0:  # Brevitas's sentinel: metadata only
             if not self.scaling_impl.has_ranges:
                 return x, torch.ones_like(x), torch.zeros_like(x), bit_width
             return x, *self._scale_zero_point(*self.scaling_impl.ends()), bit_width
         GF.check_float(x)
-        x = self.clamp(x)
+        before = self.clamp.after(relu)
+        if self.check_finite or self.observer_only or not self.scaling_impl.frozen:  # somebody looks at what is quantized
+            x, before = before.apply(x), kernels.IDENTITY
         if self.check_finite:
             GF.check_finite(x)
         scale, zero_point = self._scale_zero_point(*self.scaling_impl(x))
         if self.observer_only:
             return x, scale, zero_point, bit_width
-        y = self.int_quant(scale, zero_point, bit_width, x)
-        return y.to(x.dtype), scale, zero_point, bit_width
+        if self.learned_scale is None and has_stock_arithmetic(self.int_quant):
+            axis = self.scaling_impl.channel_axis if x.dim() > 1 else 0
+            return kernels.affine_quantize(x, scale, zero_point, self._limits(), axis, before), scale, zero_point, bit_width
+        x = before.apply(x)
+        return self.int_quant(scale, zero_point, bit_width, x).to(x.dtype), scale, zero_point, bit_width
+
+    def quantize_to_integers(self, x: Tensor) -> Tensor:
+        """The integers behind the values that ``forward`` returns for x; see :func:`granq_plugin.functional.quantize_to_integers`.
+
+        Raises:
+            RuntimeError: while the ranges are not frozen. ValueError: for NaN or Inf.
+        """
+        if not self.scaling_impl.frozen:
+            raise RuntimeError("the ranges are not frozen yet: calibrate first, or load a calibrated state dict")
+        x = self.clamp(x)
+        scale, zero_point = self._scale_zero_point(*self.scaling_impl(x))
+        return GF.quantize_to_integers(x, scale, zero_point, self.bit_width, self.signed, self.int_quant.narrow_range)
+
+    def _limits(self) -> tuple[int, int]:
+        return GF.integer_limits(self.bit_width, self.signed, self.int_quant.narrow_range)
 
     def _scale_zero_point(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         scale, zero_point = GF.affine_params(lo, hi, self.bit_width, self.signed)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from granq_plugin import functional as GF
 from granq_plugin import kernels
-from granq_plugin.core.base import GranQBase
+from granq_plugin.core.base import GranQBase, has_stock_arithmetic
 
 __all__ = ["MinMaxWeightQuant", "PerKernelGranQ"]
 
@@ -41,8 +41,10 @@ class MinMaxWeightQuant(GranQBase):
         w = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         scale, zero_point = GF.affine_params(
             w.amin(axes, keepdim=True), w.amax(axes, keepdim=True), self.bit_width, self.signed)
-        y = self.int_quant(scale, zero_point, bit_width, x)
-        return y.to(x.dtype), scale, zero_point, bit_width
+        if has_stock_arithmetic(self.int_quant):
+            limits = GF.integer_limits(self.bit_width, self.signed, self.int_quant.narrow_range)
+            return kernels.affine_quantize(x, scale, zero_point, limits, self.output_channel_dim), scale, zero_point, bit_width
+        return self.int_quant(scale, zero_point, bit_width, x).to(x.dtype), scale, zero_point, bit_width
 
 
 class PerKernelGranQ(GranQBase):

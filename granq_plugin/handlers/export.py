@@ -76,7 +76,7 @@ class _StaticHandler(_Handler):
         self.clamp, self.ranges = [quantizer.clamp], [quantizer.scaling_impl]  # in lists: not submodules of a second module
         self.scale = module.scale().detach()
         self.zero_point = _scalar_if_all_zero(module.zero_point().detach())
-        self.limits = _int_limits(self.signed, self.narrow, self.bits)
+        self.limits = GF.integer_limits(self.bits, self.signed, self.narrow)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         scale, zero_point = self.scale, self.zero_point
@@ -154,7 +154,7 @@ class _QuantizeLinear(ONNXExportOpMixin, QuantAxisMixin):
 
     def clip(self, integers: Tensor) -> Tensor:
         """To the levels of less than 8 bits. On weights it changes nothing, but says how many bits they have."""
-        info, limits = torch.iinfo(self.dtype), _int_limits(self.signed, self.narrow, self.bits)
+        info, limits = torch.iinfo(self.dtype), GF.integer_limits(self.bits, self.signed, self.narrow)
         if limits == (info.min, info.max):
             return integers
         limits = (torch.full((), limit, dtype=self.dtype, device=integers.device) for limit in limits)
@@ -209,12 +209,6 @@ class TorchWeightHandler(_WeightHandler):
 def _round_to_int(x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int]) -> Tensor:
     """Brevitas's ``IntQuant.to_int`` without its straight-through estimators."""
     return torch.round(x / scale + zero_point).clamp(*limits)
-
-
-def _int_limits(signed: bool, narrow: bool, bit_width: int) -> tuple[int, int]:
-    if signed:
-        return -2**(bit_width - 1) + narrow, 2**(bit_width - 1) - 1
-    return 0, 2**bit_width - 1 - narrow
 
 
 def _scalar_if_all_zero(zero_point: Tensor) -> Tensor:

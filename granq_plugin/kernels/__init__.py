@@ -8,13 +8,14 @@ environment variable ``GRANQ_KERNEL`` forces one: "eager", "compiled" or "triton
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from granq_plugin import functional as GF
 from granq_plugin.functional import GranQResult
-from granq_plugin.kernels.layout import IDENTITY, Before, Layout, layout_of
+from granq_plugin.kernels.layout import IDENTITY, Before, Layout, layout_of, static_layout_of
 
-__all__ = ["BACKENDS", "IDENTITY", "Before", "backend", "granq", "why_not_compiled"]
+__all__ = ["BACKENDS", "IDENTITY", "Before", "affine_quantize", "backend", "granq", "granq_batch_norm", "why_not_compiled"]
 
 BACKENDS = ("eager", "compiled", "triton")
 _PLAIN = (Tensor, nn.Parameter)  # subclasses (fake tensors, DTensor...) see torch's operations
@@ -43,7 +44,7 @@ def backend(x: Tensor, channel_axis: int = 1) -> str:
     return _choose(x, channel_axis)[0]
 
 
-def _choose(x: Tensor, channel_axis: int) -> tuple[str, Layout | None]:
+def _choose(x: Tensor, channel_axis: int, layout_of=layout_of) -> tuple[str, Layout | None]:
     if torch.compiler.is_compiling() or _is_observed() or type(x) not in _PLAIN:
         return "eager", None
     name = forced()
@@ -85,3 +86,61 @@ def granq(x: Tensor, bit_width: int, channel_axis: int = 1, before: Before = IDE
             from granq_plugin.kernels import compiled
             return compiled.granq(x, GF.check_bit_width(bit_width), layout, before)
     return GF.granq(before.apply(x), bit_width, channel_axis)
+
+
+def granq_batch_norm(
+        x: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        bit_width: int,
+        before: Before = Before(relu=True)) -> GranQResult:
+    """BatchNorm in evaluation mode, ReLU and :func:`granq_plugin.functional.granq`, fused: what a network in zero-shot QAT runs.
+
+    Args:
+        x: float tensor ``[B, C, *spatial]``.
+        running_mean, running_var, weight, bias: ``[C]``, the last two or None; eps: of the BatchNorm.
+        bit_width: k, from 1 to 16. before: ReLU and clamp between BatchNorm and quantization.
+
+    Returns:
+        :class:`~granq_plugin.functional.GranQResult`, with gradients to x, weight and bias. Equal bit for bit to
+        ``granq(relu(F.batch_norm(x, ...)))`` where torch's CPU kernels multiply and add in one rounding (x86 with AVX2, float32
+        and half precision); elsewhere, and in float64, BatchNorm's result may differ in its last bits, and a value that lies on
+        a rounding tie by one level.
+
+    Raises:
+        TypeError, ValueError: see :func:`granq`.
+    """
+    chosen, layout = _choose(x, 1) if isinstance(x, Tensor) and x.dim() > 2 else ("eager", None)
+    if chosen == "compiled":
+        wide = torch.promote_types(x.dtype, torch.float32)
+        parameters = [t for t in (running_mean, running_var, weight, bias) if t is not None]
+        if all(t.dtype == wide and t.is_cpu and t.is_contiguous() and t.numel() == x.shape[1] for t in parameters):
+            from granq_plugin.kernels import compiled
+            return compiled.granq_batch_norm(
+                x, running_mean, running_var, weight, bias, eps, GF.check_bit_width(bit_width), layout, before)
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+    return GF.granq(before.apply(y), bit_width)
+
+
+def affine_quantize(
+        x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int], channel_axis: int = 1,
+        before: Before = IDENTITY) -> Tensor:
+    """:func:`granq_plugin.functional.affine_quantize` of ``before.apply(x)`` in one pass: frozen ranges, and weights.
+
+    Args:
+        x, scale, zero_point, limits: see there; scale and zero_point with one element per channel.
+        channel_axis: where the channels stand. before: a ReLU and a clamp to do first.
+
+    Returns:
+        As there. Keeps one bit of each value for the backward.
+    """
+    chosen, layout = _choose(x, channel_axis, static_layout_of)
+    if chosen == "compiled":
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if all(t.dtype == wide and t.is_cpu and t.is_contiguous() and t.numel() == layout.channels for t in (scale, zero_point)):
+            from granq_plugin.kernels import compiled
+            return compiled.affine_quantize(x, scale.detach(), zero_point.detach(), limits, layout, before)
+    return GF.affine_quantize(before.apply(x), scale, zero_point, limits)

@@ -7,7 +7,7 @@ from granq_plugin.functional import GranQResult
 from granq_plugin.kernels import native
 from granq_plugin.kernels.layout import Before, Layout
 
-__all__ = ["granq"]
+__all__ = ["affine_quantize", "granq", "granq_batch_norm"]
 
 
 def granq(x: Tensor, bit_width: int, layout: Layout, before: Before) -> GranQResult:
@@ -15,6 +15,21 @@ def granq(x: Tensor, bit_width: int, layout: Layout, before: Before) -> GranQRes
     if x.requires_grad and torch.is_grad_enabled():
         return GranQResult(*_GranQ.apply(x, bit_width, layout, before))
     return GranQResult(*_forward(x, bit_width, layout, before, None, None, False)[:3])
+
+
+def granq_batch_norm(
+        x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, bit_width: int, layout: Layout,
+        before: Before) -> GranQResult:
+    """See :func:`granq_plugin.kernels.granq_batch_norm`. Statistics and parameters are contiguous, of the dtype of the scales."""
+    return GranQResult(*_GranQBatchNorm.apply(x, weight, bias, mean, var, eps, bit_width, layout, before))
+
+
+def affine_quantize(
+        x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int], layout: Layout, before: Before) -> Tensor:
+    """See :func:`granq_plugin.kernels.affine_quantize`. scale and zero_point are contiguous, with an element per channel."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return _AffineQuantize.apply(x, scale, zero_point, limits, layout, before)
+    return _affine(x, scale, zero_point, limits, layout, before, False)[0]
 
 
 def _mask_size(layout: Layout) -> int:
@@ -25,6 +40,10 @@ def _mask_size(layout: Layout) -> int:
     return samples * (-(-outer // 8)) * channels
 
 
+def _pointer(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
 def _forward(
         x: Tensor, bit_width: int, layout: Layout, before: Before, alpha: Tensor | None, beta: Tensor | None,
         needs_mask: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -33,9 +52,8 @@ def _forward(
     scale, zero_point = torch.empty(layout.scale_shape, dtype=wide), torch.empty(layout.scale_shape, dtype=wide)
     mask = torch.empty(_mask_size(layout), dtype=torch.uint8) if needs_mask else None
     native.library(x.dtype).granq_forward(
-        x.data_ptr(), y.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), mask.data_ptr() if needs_mask else None,
-        None if alpha is None else alpha.data_ptr(), None if beta is None else beta.data_ptr(), *layout[:4],
-        2**bit_width - 1, *before.limits(x.dtype), native.threads_for(x))
+        x.data_ptr(), y.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), _pointer(mask), _pointer(alpha), _pointer(beta),
+        *layout[:4], 2**bit_width - 1, *before.limits(x.dtype), native.threads_for(x))
     return y, scale, zero_point, mask
 
 
@@ -57,6 +75,57 @@ class _GranQ(torch.autograd.Function):
         return grad, None, None, None
 
 
+class _GranQBatchNorm(torch.autograd.Function):
+    """The backward of BatchNorm is torch's own, on the gradient that ReLU and clamp let pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mean, var, eps: float, bit_width: int, layout: Layout, before: Before):
+        ctx.set_materialize_grads(False)
+        alpha, beta = torch.empty_like(mean), torch.empty_like(mean)
+        native.library(x.dtype).batch_norm_affine(
+            mean.data_ptr(), var.data_ptr(), _pointer(weight), _pointer(bias), eps, mean.numel(), alpha.data_ptr(), beta.data_ptr())
+        needs_mask = bool(before.limits(x.dtype)[0]) and any(ctx.needs_input_grad)
+        y, scale, zero_point, ctx.mask = _forward(x, bit_width, layout, before, alpha, beta, needs_mask)
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.eps, ctx.layout = eps, layout
+        ctx.mark_non_differentiable(scale, zero_point)
+        return y, scale, zero_point
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, *unused):
+        if grad is None:
+            return (None, ) * 9
+        if ctx.mask is not None:
+            grad = _Masked.apply(grad, ctx.mask, None, ctx.layout)
+        x, weight, mean, var = ctx.saved_tensors
+        grads = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, var, None, None, False, ctx.eps, list(ctx.needs_input_grad[:3]))
+        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad)), *(None, ) * 6
+
+
+def _affine(x, scale, zero_point, limits, layout: Layout, before: Before, needs_mask: bool) -> tuple[Tensor, Tensor | None]:
+    y = torch.empty_like(x)
+    mask = torch.empty(_mask_size(layout), dtype=torch.uint8) if needs_mask else None
+    native.library(x.dtype).frozen_forward(
+        x.data_ptr(), y.data_ptr(), _pointer(mask), scale.data_ptr(), zero_point.data_ptr(), *layout[:4], *limits,
+        *before.limits(x.dtype), native.threads_for(x))
+    return y, mask
+
+
+class _AffineQuantize(torch.autograd.Function):
+    """The gradient of Brevitas's path: times the scale, through it, zero where an integer was clamped."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int], layout: Layout, before: Before) -> Tensor:
+        y, ctx.mask = _affine(x, scale, zero_point, limits, layout, before, True)
+        ctx.scale, ctx.layout = scale, layout
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _Masked.apply(grad, ctx.mask, ctx.scale, ctx.layout), None, None, None, None, None
+
+
 class _Masked(torch.autograd.Function):
     """The gradient where a mask lets it pass, zero elsewhere; times and through a scale, if there is one. Linear: its own
     gradient is the same again."""
@@ -67,7 +136,7 @@ class _Masked(torch.autograd.Function):
         grad = grad.contiguous(memory_format=layout.memory_format)
         out = torch.empty_like(grad)
         native.library(grad.dtype).masked_backward(
-            grad.data_ptr(), mask.data_ptr(), out.data_ptr(), None if scale is None else scale.data_ptr(), *layout[:4],
+            grad.data_ptr(), mask.data_ptr(), out.data_ptr(), _pointer(scale), *layout[:4],
             native.threads_for(grad))
         return out
 

@@ -459,6 +459,14 @@ template <int B, bool MASK, class... A> void frozen_forward(Shape s, A... a) {
 
 extern "C" {
 
+// BatchNorm in evaluation mode as x * alpha + beta; weight and bias may be null.
+void batch_norm_affine(const W* mean, const W* var, const W* weight, const W* bias, double eps, int64_t channels, W* alpha, W* beta) {
+    for (int64_t c = 0; c < channels; c++) {
+        alpha[c] = 1 / std::sqrt(var[c] + W(eps)) * (weight ? weight[c] : W(1));
+        beta[c] = std::fma(-mean[c], alpha[c], bias ? bias[c] : W(0));
+    }
+}
+
 // Ranges, scales and fake quantization. mask, alpha and beta may be null.
 void granq_forward(const T* x, T* y, W* scale, W* zero_point, uint8_t* mask, const W* alpha, const W* beta, int64_t samples,
                    int64_t outer, int64_t channels, int64_t inner, double levels, int clamp, double low, double high, double above,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["IDENTITY", "Before", "Layout", "layout_of"]
+__all__ = ["IDENTITY", "Before", "Layout", "layout_of", "static_layout_of"]
 
 
 class Layout(NamedTuple):
@@ -15,7 +15,7 @@ class Layout(NamedTuple):
 
     Attributes:
         samples, outer, channels, inner: outer == 1 is the contiguous layout, inner == 1 channels_last.
-        memory_format: of the tensor. scale_shape: of its scales.
+        memory_format: of the tensor. scale_shape: of its scales, where they are computed.
     """
     samples: int
     outer: int
@@ -43,6 +43,24 @@ def layout_of(x: Tensor, channel_axis: int) -> Layout | None:
     if axis == 1 and memory_format and x.is_contiguous(memory_format=memory_format):
         return Layout(shape[0], math.prod(shape[2:]), shape[1], 1, memory_format, scale_shape)
     return None
+
+
+def static_layout_of(x: Tensor, channel_axis: int) -> Layout | None:
+    """The layout of a dense tensor with one range per channel over all samples; None for any other."""
+    shape, dim = x.shape, x.dim()
+    axis = channel_axis + dim if channel_axis < 0 else channel_axis
+    if not 0 <= axis < dim or x.numel() == 0:
+        return None
+    memory_format = torch.contiguous_format
+    if x.is_contiguous():
+        samples, inner = math.prod(shape[:axis]), math.prod(shape[axis + 1:])
+    else:
+        memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(dim)
+        if axis > 1 or not memory_format or not x.is_contiguous(memory_format=memory_format):
+            return None
+        samples, inner = (1, math.prod(shape[1:])) if axis == 0 else (x.numel() // shape[1], 1)
+    outer, samples = (samples, 1) if inner == 1 else (1, samples)
+    return Layout(samples, outer, shape[axis], inner, memory_format, ())
 
 
 class Before(NamedTuple):

@@ -30,8 +30,8 @@ class BatchNorm2d(nn.BatchNorm2d):
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``conv2d(interpolate(x, scale_factor=2), weight, bias, padding=1)`` with 4 instead of 9 products per output pixel.
 
-    After a nearest-neighbour upsampling each of the four phases of the output sees 2x2 input pixels only, under sums of the
-    kernel's taps: one 2x2 convolution computes all of them, and a pixel shuffle puts them in place. Equal up to rounding.
+    Behind a nearest-neighbour upsampling the taps of a 3x3 kernel meet equal pixels: an output pixel sees 2x2 input pixels under sums
+    of taps, which is what a transposed convolution of stride 2 with a 4x4 kernel computes. Equal up to rounding.
 
     Args:
         x: ``[B, I, H, W]``. weight: ``[O, I, 3, 3]``. bias: ``[O]`` or None.
@@ -39,16 +39,12 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         ``[B, O, 2H, 2W]``.
     """
-    out_channels, in_channels = weight.shape[:2]
-    # rows of a phase's kernel as sums of the rows of the 3x3 kernel: phase 0 reads pixels (i-1, i), phase 1 (i, i+1)
-    taps = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # [phase, tap of 2, tap of 3]
-    kernels = torch.einsum("pak,qbl,oikl->opqiab", taps, taps, weight)
-    y = F.conv2d(x, kernels.reshape(4 * out_channels, in_channels, 2, 2), padding=1)  # [B, 4 O, H + 1, W + 1]
-    y = y.unflatten(1, (out_channels, 2, 2))
-    height, width = x.shape[2:]
-    phases = [y[:, :, p, q, p:p + height, q:q + width] for p in (0, 1) for q in (0, 1)]
-    y = F.pixel_shuffle(torch.stack(phases, 2).flatten(1, 2), 2)
-    return y if bias is None else y + bias[:, None, None]
+    # x[i] reaches output 2i + t - 1 through the taps 2 - t (as pixel 2i of the upsampled) and 3 - t (as pixel 2i + 1)
+    taps = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])  # [t, tap of 3]
+    kernel = torch.einsum("tk,ul,oikl->iotu", taps, taps, weight)
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        kernel = kernel.contiguous(memory_format=torch.channels_last)
+    return F.conv_transpose2d(x, kernel, bias, stride=2, padding=1)
 
 
 class UpsampleConv2d(nn.Conv2d):
@@ -68,13 +64,17 @@ class Generator(nn.Module):
     Args:
         image_size: S, height and width, divisible by 4. num_classes: labels are 0 to num_classes - 1.
         latent_dim: length of the noise vector. image_channels: channels of an image.
+        channels_last: memory format of the convolutions and of the images.
     """
 
-    def __init__(self, image_size: int, num_classes: int, latent_dim: int = 100, image_channels: int = 3) -> None:
+    def __init__(
+            self, image_size: int, num_classes: int, latent_dim: int = 100, image_channels: int = 3,
+            channels_last: bool = False) -> None:
         super().__init__()
         if image_size < 4 or image_size % 4:
             raise ValueError(f"image_size must be a positive multiple of 4, got {image_size}")
         self.latent_dim = latent_dim
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.start_size = image_size // 4
         self.embedding = nn.Embedding(num_classes, latent_dim)
         self.linear = nn.Linear(latent_dim, 128 * self.start_size**2)
@@ -89,7 +89,8 @@ class Generator(nn.Module):
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
         """Noise ``[B, latent_dim]`` and labels ``[B]`` -> images ``[B, image_channels, S, S]``."""
         x = self.linear(self.embedding(labels) * noise)
-        x = self.bn0(x.view(len(x), 128, self.start_size, self.start_size))
+        x = x.view(len(x), 128, self.start_size, self.start_size).contiguous(memory_format=self.memory_format)
+        x = self.bn0(x)
         x = F.leaky_relu(self.bn1(self.conv1(x)), 0.2)
         x = F.leaky_relu(self.bn2(self.conv2(x)), 0.2)
         return self.bn3(torch.tanh(self.conv3(x)))

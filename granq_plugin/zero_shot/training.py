@@ -227,7 +227,7 @@ def _new_generator(config: ZeroShotConfig) -> Generator:
     """The same weights for the same seed, whatever torch's global random state is, which stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return Generator(config.image_size, config.num_classes, config.latent_dim, config.image_channels)
+        return Generator(config.image_size, config.num_classes, config.latent_dim, config.image_channels, config.channels_last)
 
 
 def _params(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
