@@ -70,10 +70,11 @@ def test_scales_stay_when_the_weight_moves():
     assert frozen[0].quant_weight().value.max() < 9
 
 
-def test_frozen_networks_are_exported(tmp_path):
+@pytest.mark.parametrize("regime", REGIMES)
+def test_frozen_networks_are_exported(tmp_path, regime):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime (export extra) is not installed")
     from granq_plugin.export import export_qcdq
-    model, x = network(gq.GranQWeightPerChannel), torch.randn(2, 3, 8, 8)
+    model, x = network(REGIMES[regime]), torch.randn(2, 3, 8, 8)
     session = onnxruntime.InferenceSession(export_qcdq(freeze_weights(model), x, tmp_path / "m.onnx"))
     with torch.no_grad():
         assert torch.allclose(torch.from_numpy(session.run(None, {"input": x.numpy()})[0]), model(x), atol=1e-5)

@@ -6,12 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_packing import KINDS, SMALL, trained
 
 import zoo
 from granq_plugin.cli import run as granq
 from granq_plugin.zero_shot import ZeroShotConfig
 from granq_plugin.zero_shot.outcome import save_tensors
+from small_zoo import KINDS, SMALL, trained
 from zoo.costs import costs
 from zoo.evaluate import wilson_interval
 from zoo.publish import _without_paths
