@@ -26,7 +26,7 @@ def network(weight_quant, bits=3, seed=0):
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])
+@pytest.mark.parametrize("bits", [2, 3, 16])
 def test_outputs_are_bit_identical_and_weights_integers(regime, bits):
     model, x = network(REGIMES[regime], bits), torch.randn(2, 3, 8, 8)
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -15,6 +15,7 @@ from small_zoo import KINDS, SMALL, trained
 from zoo.costs import costs
 from zoo.evaluate import wilson_interval
 from zoo.publish import _without_paths
+from zoo.students import load_run
 
 EXPORT = pytest.importorskip("qonnx", reason="qonnx (export extra) is not installed")
 
@@ -76,6 +77,29 @@ def test_a_run_becomes_an_entry_that_is_evaluated_alike(data, capsys, quantizati
     # an entry is not replaced by accident
     assert granq([*add, name]) == 2 and f"has an entry '{name}' with weights already; --overwrite" in capsys.readouterr().err
     assert granq([*add, name, "--overwrite"]) == 0 and zoo.get_card(name, data / "zoo") == card
+
+
+@pytest.mark.filterwarnings("ignore:Data has no positive values")  # curves of two iterations
+def test_runs_of_one_s_own_network_become_entries(data, capsys, monkeypatch):
+    """From granq qat on a card file, dynamic and then folded on its images, to entries with the runs' logits."""
+    monkeypatch.delenv("GRANQ_DATA", raising=False)
+    torch.manual_seed(0)
+    torch.save(SMALL.build().state_dict(), data / "w.pt")
+    (data / "mine.toml").write_text(SMALL.to_toml())
+    short = [f"--set={s}" for s in ("image_size=8", "epochs=2", "iterations=1", "warmup_epochs=1", "batch_size=4", "memory_size=8",
+                                    "replay_steps=0")]
+    for kind in ("dynamic", "folded"):
+        more = ["--images", str(data / "dynamic" / "images.safetensors")] if kind == "folded" else []
+        assert granq(["qat", str(data / "mine.toml"), "--weights", str(data / "w.pt"), "--activations", kind, "--out",
+                      str(data / kind), *short, *more]) == 0, capsys.readouterr().err
+        student, network, _ = load_run(data / kind)
+        assert student.card.architecture == SMALL.architecture and student.network == str(data / kind / "card.toml")
+        name = f"mine.{student.quantization.suffix}"
+        assert granq(["zoo", "add", str(data / kind), "--data", str(data), "--zoo", str(data / "zoo"), "--name", name]) == 0
+        model, x = zoo.get_model(name, pretrained=True, zoo_dir=data / "zoo"), torch.randn(4, 3, 8, 8)
+        with torch.no_grad():
+            assert torch.equal(model(x), network(x))
+    assert zoo.list_models(zoo_dir=data / "zoo") == ["mine.granq_w4a4", "mine.granq_w4a4_folded"]
 
 
 def test_a_teacher_run_becomes_a_float_entry(data, capsys):

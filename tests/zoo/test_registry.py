@@ -1,5 +1,6 @@
 """Entries: found by name, with their weights or those of a file, and refused by name."""
 
+import dataclasses
 import hashlib
 import importlib.util
 import sys
@@ -12,8 +13,10 @@ from torch import nn
 import granq_plugin as gq
 import zoo
 from granq_plugin.cli import run as granq
+from small_zoo import SMALL
 from zoo.card import Weights
 from zoo.packing import pack_tensors
+from zoo.quantization import Quantization
 from zoo.registry import card_of, from_bytes, teacher_of
 
 NAME = "resnet20_cifar10"
@@ -22,11 +25,10 @@ NAME = "resnet20_cifar10"
 @pytest.fixture
 def folder(tmp_path):
     """A zoo of one float entry, ``own``."""
-    from dataclasses import replace
     torch.manual_seed(1)
     card = zoo.get_card(NAME)
     data = pack_tensors(card.build().state_dict())
-    card = replace(card, name="own", teacher=None, weights=Weights(hashlib.sha256(data).hexdigest(), len(data), "MIT"))
+    card = dataclasses.replace(card, name="own", teacher=None, weights=Weights(hashlib.sha256(data).hexdigest(), len(data), "MIT"))
     for name in ("cards", "pretrained"):
         (tmp_path / name).mkdir()
     (tmp_path / "cards" / "own.toml").write_text(card.to_toml())
@@ -77,11 +79,12 @@ def test_weights_that_are_not_shipped(tmp_path):
 
 
 def test_float_weights_of_a_file_are_quantized_as_the_card_says(tmp_path):
-    card = zoo.get_card("mobilenet_v2_tf_imagenet.granq_w4a4")
+    (tmp_path / "mine.toml").write_text(dataclasses.replace(SMALL, quantization=Quantization(4, 4)).to_toml())
+    card = zoo.get_card(str(tmp_path / "mine.toml"))
     torch.manual_seed(0)
     network = card.build()
     torch.save(network.state_dict(), tmp_path / "w.pt")
-    model, x = zoo.get_model(card.name, weights=tmp_path / "w.pt"), torch.randn(1, 3, 32, 32)
+    model, x = zoo.get_model(str(tmp_path / "mine.toml"), weights=tmp_path / "w.pt"), torch.randn(1, 3, 8, 8)
     with torch.no_grad():
         assert torch.equal(model(x), gq.quantize(network, 4, 4)(x)) and model.card == card
     loaded, digest = teacher_of(card, tmp_path / "w.pt")

@@ -1,6 +1,7 @@
 """Reading weights of other projects: layouts, refusals, all or nothing."""
 
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -96,14 +97,14 @@ def in_chenyaofo_s_words(name):
     return name.replace("shortcut.", "downsample.").replace("linear.", "fc.")
 
 
-@pytest.mark.parametrize("architecture", ["resnet20", "torchvision resnet18"])
+@pytest.mark.parametrize("architecture", ["resnet20", "torchvision's"])
 @pytest.mark.parametrize("layout", ["own", "chenyaofo", "pytorchcv"])
 def test_layouts_of_other_collections(tmp_path, architecture, layout):
     if architecture == "resnet20":
         from zoo.models.cifar_resnet import resnet20 as build
     else:
-        models = pytest.importorskip("torchvision.models", reason="torchvision (zoo extra) is not installed")
-        build = getattr(models, architecture.split()[1])
+        resnet = pytest.importorskip("torchvision.models.resnet", reason="torchvision (zoo extra) is not installed")
+        build = partial(resnet.ResNet, resnet.Bottleneck, [1, 1, 1, 2])
     torch.manual_seed(1)
     source = build(num_classes=7)
     init = ["init_block"] if architecture == "resnet20" else ["init_block", "conv"]
