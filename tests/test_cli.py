@@ -138,3 +138,21 @@ def test_nothing_in_the_core_imports_the_extras():
             "print(gq.quantize(net)(torch.ones(1, 2)).shape)")
     process = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert process.stdout.strip() == "torch.Size([1, 2])", process.stderr
+
+
+def test_digits_need_neither_data_nor_weights(tmp_path, capsys, monkeypatch):
+    """The images come with scikit-learn, the teacher with the zoo, whatever GRANQ_DATA says."""
+    monkeypatch.setenv("GRANQ_DATA", str(tmp_path / "nowhere"))
+    card = zoo.get_card("resnet8_digits")
+    code, out, err = run(["evaluate", card.name, "--weight-bits", 8, "--act-bits", 8, "--json", tmp_path / "out.json"], capsys)
+    assert code == 0, err
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["float_top1"] == pytest.approx(100 * card.results.correct / card.results.images)
+    assert report["weights_sha256"] == card.weights.sha256 and report["images"] == 359
+    few = ("epochs=2", "iterations=1", "warmup_epochs=1", "batch_size=4", "memory_size=8", "replay_steps=1")
+    code, out, err = run(["qat", card.name, "--out", tmp_path / "run", *(f"--set={s}" for s in few)], capsys)
+    assert code == 0, err
+    entries = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert entries["teacher_weights_sha256"] == card.weights.sha256 and entries["test_images"] == 359
+    code, _, err = run(["verify", tmp_path / "none.onnx", "--model", tmp_path / "run"], capsys)
+    assert code == 2 and "does not exist" in err

@@ -1,4 +1,4 @@
-"""Test and training images: ``.npz`` arrays, torchvision's CIFAR folders, folders of image files."""
+"""Test and training images: ``.npz`` arrays, torchvision's CIFAR folders, folders of image files, scikit-learn's digits."""
 
 import os
 import tempfile
@@ -16,7 +16,10 @@ from zoo.card import Card
 if TYPE_CHECKING:
     from zoo.image_folder import FolderImages
 
-__all__ = ["ImageSet", "load_images", "read_npz"]
+__all__ = ["BUNDLED", "ImageSet", "load_digits", "load_images", "read_npz"]
+
+BUNDLED = ("digits", )
+"""Data sets that come with a package of the ``zoo`` extra: no folder is needed."""
 
 CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 _TORCHVISION = {"cifar10": ("CIFAR10", "cifar-10-batches-py"), "cifar100": ("CIFAR100", "cifar-100-python")}
@@ -90,14 +93,39 @@ def read_npz(path: str | Path) -> ImageSet:
     return _image_set(x, y, path)
 
 
+def load_digits(split: str = "test") -> ImageSet:
+    """scikit-learn's handwritten digits (UCI optdigits), uint8 ``[N, 1, 8, 8]``: grey levels 0 to 16 spread over 0 to 255.
+
+    The test set is the last fifth of each class, 359 of 1,797 images, in the order of the file: about the last of its 13 writers,
+    whom training has not seen.
+
+    Raises:
+        ValueError: for another split than "train" and "test". ModuleNotFoundError: without scikit-learn (extra ``zoo``).
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be train or test, got {split!r}")
+    try:
+        import sklearn.datasets
+    except ModuleNotFoundError as e:
+        raise ModuleNotFoundError(f"the digits come with scikit-learn: pip install 'granq-plugin[zoo]' ({e})", name=e.name) from e
+    x, y = sklearn.datasets.load_digits(return_X_y=True)
+    of_class = np.zeros(len(y), np.int64)  # which of its class an image is
+    for digit in range(10):
+        of_class[y == digit] = np.arange((y == digit).sum())
+    count = np.bincount(y)[y]
+    chosen = (of_class >= count - np.round(count / 5)) == (split == "test")
+    images = torch.from_numpy(np.round(x[chosen] * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
+    return ImageSet(images, torch.from_numpy(y[chosen].astype(np.int64)), "scikit-learn", f"digits {split} images")
+
+
 def load_images(
-        data_dir: str | Path,
+        data_dir: str | Path | None,
         dataset: str,
         split: str = "test",
         *,
         card: Card | None = None,
         download: bool = False) -> "ImageSet | FolderImages":
-    """Load a split of a data set from a folder.
+    """Load a split of a data set from a folder, or of the digits, which need none (``data_dir`` is not looked at).
 
     Looked for, in this order: arrays in ``DIR/<dataset>/<split>.npz`` or ``DIR/<split>.npz`` (see :func:`read_npz`); torchvision's
     ``cifar-10-batches-py`` or ``cifar-100-python`` in ``DIR`` or ``DIR/<dataset>`` (checked by torchvision's MD5 sums); with a
@@ -109,10 +137,15 @@ def load_images(
         download: fetch CIFAR with torchvision if it is not there; nothing is left behind where that fails.
 
     Raises:
-        FileNotFoundError: listing what was looked for. ValueError: for an unknown data set, or labels out of range.
+        FileNotFoundError: listing what was looked for. ValueError: for an unknown data set, no folder where one is needed, or
+            labels out of range.
     """
+    if dataset == "digits":
+        return load_digits(split)
     if card is None and dataset not in CIFAR_CLASSES:
-        raise ValueError(f"unknown data set {dataset!r}; known: {', '.join(CIFAR_CLASSES)}")
+        raise ValueError(f"unknown data set {dataset!r}; known: {', '.join((*CIFAR_CLASSES, *BUNDLED))}")
+    if data_dir is None:
+        raise ValueError(f"no data folder: {dataset} does not come with a package; give --data DIR or set GRANQ_DATA")
     root, classes = Path(data_dir), CIFAR_CLASSES[dataset] if card is None else card.num_classes
     npz = [root / dataset / f"{split}.npz", root / f"{split}.npz"]
     found = next((p for p in npz if p.is_file()), None)

@@ -58,6 +58,8 @@ class TrainConfig(Settings):
 TRAIN_PRESETS: dict[str, TrainConfig] = {
     "cifar10": TrainConfig(start_size=20),
     "cifar100": TrainConfig(start_size=20),
+    "digits": TrainConfig(
+        epochs=40, batch_size=64, lr=0.1, weight_decay=5e-4, crop_padding=1, flip=False, bf16=False, channels_last=False),
 }
 """By data set."""
 
@@ -103,7 +105,7 @@ def train_teacher(
     """Train a float network in place, on its device; the last epoch is what counts.
 
     Args:
-        model: takes normalized images ``[B, 3, S, S]`` of any S (for ``start_size``), gives logits.
+        model: takes normalized images ``[B, C, S, S]`` of any S (for ``start_size``), gives logits.
         run_dir: folder for ``config.toml``, ``run.json``, ``metrics.csv`` and ``checkpoint.pt`` (every epoch).
         resume: go on from the checkpoint in run_dir; on the CPU, bit-identical to a run that was never interrupted.
         evaluate: called on the network after the last epoch; its number is the metric ``accuracy``. It decides nothing.
@@ -134,7 +136,7 @@ def train_teacher(
         optimizer.load_state_dict(state["optimizer"])
         rng.set_state(state["rng"])
         first, metrics = state["epoch"], state["metrics"]
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
+    mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (preprocessing.mean, preprocessing.std))
     steps = len(data) // config.batch_size
     for epoch in range(first, config.epochs):
         model.train()

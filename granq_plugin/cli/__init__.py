@@ -9,6 +9,7 @@ __all__ = ["cli", "run"]
 # verb -> module:function, imported when the verb or the list of verbs is asked for. These modules import torch and the rest of
 # the package inside their functions, so that help comes at once.
 VERBS = {
+    "demo": "granq_plugin.cli.demo:demo",
     "evaluate": "granq_plugin.cli.evaluate:evaluate",
     "train-teacher": "granq_plugin.cli.train:train_teacher",
     "qat": "granq_plugin.cli.qat:qat",

@@ -23,10 +23,10 @@ __all__ = ["evaluate"]
 @click.option("--calibration-images", type=click.IntRange(min=1), default=1000, show_default=True,
               help="How many of them, drawn with a fixed seed.")
 @click.option("--data", type=click.Path(path_type=Path), metavar="DIR", envvar="GRANQ_DATA", show_envvar=True,
-              help="Folder with the test images: DATASET/test.npz, or torchvision's folders.")
+              help="Folder with the test images: DATASET/test.npz, or torchvision's folders; the digits need none.")
 @click.option("--weights", type=click.Path(path_type=Path), metavar="FILE",
               help="Float weights: .safetensors or a torch state dict  [default: those that the zoo ships].")
-@click.option("--dataset", metavar="NAME", help="For module:function: the data set (cifar10, cifar100, imagenet).")
+@click.option("--dataset", metavar="NAME", help="For module:function: the data set (cifar10, cifar100, digits, imagenet).")
 @click.option("--batch-size", type=click.IntRange(min=1), default=250, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="torch device, e.g. cuda.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's].")
@@ -43,8 +43,6 @@ def evaluate(name, weight_bits, act_bits, weight_regime, static, calibration_dat
     """
     with input_errors():
         card = open_card(name, dataset)
-    if data is None:
-        raise click.UsageError("no data folder: give --data DIR or set GRANQ_DATA")
     if static != (calibration_data is not None):
         raise click.UsageError("--static and --calibration-data FILE belong together: give both or neither")
     if json_path is not None and (json_path.is_dir() or not json_path.absolute().parent.is_dir()):

@@ -53,8 +53,8 @@ def export(run_dir, file_format, out, top_k, dynamo, plot) -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--model", "run_dir", type=click.Path(path_type=Path), metavar="RUN_DIR", required=True,
               help="The run of granq qat that FILE was exported from.")
-@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", envvar="GRANQ_DATA", show_envvar=True, required=True,
-              help="Folder with the test images.")
+@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", envvar="GRANQ_DATA", show_envvar=True,
+              help="Folder with the test images; the digits need none.")
 @click.option("--count", type=click.IntRange(min=1), default=1000, show_default=True,
               help="How many of them, drawn with a fixed seed.")
 @click.option("--executor", "executors", type=click.Choice(["onnxruntime", "qonnx", "hls4ml"]), multiple=True,

@@ -1,7 +1,6 @@
 """``granq qat``."""
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -25,7 +24,7 @@ def _help_of_settings(context: click.Context, _, value: bool) -> None:
               help="Folder for everything that the run leaves; a new one, or with --resume that of the same run.")
 @click.option("--weights", type=click.Path(path_type=Path), metavar="FILE",
               help="The float teacher's weights: .safetensors or a torch state dict  [default: those that the zoo ships].")
-@click.option("--dataset", metavar="NAME", help="For module:function: the data set (cifar10, cifar100, imagenet).")
+@click.option("--dataset", metavar="NAME", help="For module:function: the data set (cifar10, cifar100, digits, imagenet).")
 @click.option("--weight-bits", type=BitWidth(), default=4, show_default=True, help="Bit width of the weights, 1 to 16.")
 @click.option("--act-bits", type=BitWidth(), default=4, show_default=True, help="Bit width of the activations, 1 to 16.")
 @click.option("--activations", type=click.Choice(ACTIVATIONS), default="dynamic", show_default=True,
@@ -43,7 +42,7 @@ def _help_of_settings(context: click.Context, _, value: bool) -> None:
 @click.option("--images", "images_file", type=click.Path(path_type=Path), metavar="FILE",
               help="images.safetensors of another run with memory_size: learn from these, without a generator.")
 @click.option("--data", type=click.Path(path_type=Path), metavar="DIR", envvar="GRANQ_DATA", show_envvar=True,
-              help="Folder with the test images; without it the student is not evaluated. Training never sees it.")
+              help="Folder with the test images; which training never sees; without it, only digits are evaluated.")
 @click.option("--evaluate-every", type=click.IntRange(min=1), metavar="EPOCHS",
               help="With --data: evaluate that often  [default: at the end].")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in RUN_DIR, if there is one.")
@@ -69,20 +68,17 @@ def qat(name, out, weights, dataset, weight_bits, act_bits, activations, weight_
         card = open_card(name, dataset)
     if activations == "folded" and images_file is None:
         raise click.UsageError("--activations folded needs --images FILE, for ranges to fold: those of a run with memory_size")
-    if evaluate_every and data is None:
+    if evaluate_every and data is None and card.dataset != "digits":
         raise click.UsageError("--evaluate-every needs --data DIR")
 
     import torch
     from tqdm import tqdm
 
     import zoo.data
-    import zoo.evaluate
-    import zoo.weights
-    from granq_plugin.atomic import write_text
-    from granq_plugin.zero_shot import parallel, zero_shot_qat
-    from granq_plugin.zero_shot.outcome import save_outcome, save_tensors
-    from zoo.registry import list_models, teacher_of
-    from zoo.students import calibrator
+    from granq_plugin.zero_shot import parallel
+    from zoo.qat import read_images, train_student
+    from zoo.registry import teacher_of
+    from zoo.weights import sha256
 
     with input_errors():
         config = _settings(card, preset_name, config_file, assignments)
@@ -90,21 +86,10 @@ def qat(name, out, weights, dataset, weight_bits, act_bits, activations, weight_
             torch.set_num_threads(threads)
         device = open_device(join_ranks(device))
         teacher, teacher_sha256 = teacher_of(card, weights)
-        images = None if images_file is None else zoo.weights.read_state_dict(images_file).get("images")
-        if images_file is not None and images is None:
-            raise ValueError(f"{str(images_file)!r} holds no tensor 'images'")
-        test_set = None if data is None else zoo.data.load_images(data, card.dataset, card=card)
-        calibrated = {}  # a folded network is rebuilt from what it was folded from
-
-        def calibrate(prepared):
-            prepared = calibrator(images.float().split(250)[:8])(prepared)
-            calibrated.update({k: v.clone() for k, v in prepared.state_dict().items() if isinstance(v, torch.Tensor)})
-            return prepared
-        student = quantization.build(teacher, card.example_input(), calibrate)
+        images = None if images_file is None else read_images(images_file)
+        has_test_set = data is not None or card.dataset in zoo.data.BUNDLED
+        test_set = zoo.data.load_images(data, card.dataset, card=card) if has_test_set else None
         writer = _tensorboard(out) if tensorboard and parallel.rank() == 0 else None
-
-    def top1(network) -> float:
-        return zoo.evaluate.evaluate(network, test_set, card.preprocessing, device=device).top1
 
     def on_epoch(row: dict) -> None:
         words = [f"epoch {row['epoch']}/{config.epochs}", *(
@@ -123,29 +108,17 @@ def qat(name, out, weights, dataset, weight_bits, act_bits, activations, weight_
                                 f"agreement {float(log['agreement']):.0%}", refresh=False)
 
     with tqdm(total=config.total_iterations, unit="it", disable=parallel.rank() > 0) as bar, input_errors():
-        result = zero_shot_qat(
-            student.to(device), teacher.to(device), config, images=images, run_dir=out, resume=resume,
-            evaluate=top1 if test_set else None, evaluate_every=evaluate_every or config.epochs, on_iteration=on_iteration,
-            on_epoch=on_epoch)
+        run = train_student(
+            card, quantization, teacher, config, out, teacher_sha256=teacher_sha256, images=images,
+            images_sha256=None if images_file is None else sha256(images_file), test_set=test_set, evaluate_every=evaluate_every,
+            resume=resume, device=device, on_iteration=on_iteration, on_epoch=on_epoch)
     if parallel.rank() > 0:
         return
-    in_zoo = name in list_models()
-    summary = dict(network=name if in_zoo else "card.toml") | asdict(quantization) | dict(
-        dataset=card.dataset, teacher_weights_sha256=teacher_sha256,
-        images_sha256=None if images_file is None else zoo.weights.sha256(images_file))
-    if test_set:
-        summary |= dict(test_images=len(test_set), float_top1=top1(teacher), top1=result.metrics[-1]["accuracy"])
-    with input_errors():
-        if not in_zoo:
-            write_text(out / "card.toml", card.to_toml())
-        if calibrated:
-            save_tensors(out / "calibrated.safetensors", calibrated)
-        save_outcome(out, result, summary, card.preprocessing.mean, card.preprocessing.std)
     click.echo(f"{name}, W{weight_bits}A{act_bits}, {regime} weights, {activations} activations, zero-shot QAT: "
-               f"agreement with the teacher on its images {result.metrics[-1]['agreement']:.1%}")
+               f"agreement with the teacher on its images {run.metrics[-1]['agreement']:.1%}")
     if test_set:
-        click.echo(f"  float     top-1 {summary['float_top1']:6.2f} % ({len(test_set)} test images)\n"
-                   f"  quantized top-1 {summary['top1']:6.2f} % (last epoch)")
+        click.echo(f"  float     top-1 {run.summary['float_top1']:6.2f} % ({len(test_set)} test images)\n"
+                   f"  quantized top-1 {run.summary['top1']:6.2f} % (last epoch)")
     click.echo(f"  {out}/student.safetensors")
 
 

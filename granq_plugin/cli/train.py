@@ -21,7 +21,7 @@ def _help_of_settings(context: click.Context, _, value: bool) -> None:
 @click.command("train-teacher")
 @click.argument("name")
 @click.option("--data", type=click.Path(path_type=Path), metavar="DIR", envvar="GRANQ_DATA", show_envvar=True,
-              help="Folder with the training images, and the test images for the accuracy at the end.")
+              help="Folder with the training images, and the test images for the accuracy at the end; the digits need none.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="RUN_DIR", required=True,
               help="Folder for everything that the run leaves; a new one, or with --resume that of the same run.")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE",
@@ -47,8 +47,6 @@ def train_teacher(name, data, out, config_file, assignments, holdout, resume, de
     with input_errors():
         from zoo import get_card
         card = get_card(name)
-    if data is None:
-        raise click.UsageError("no data folder: give --data DIR or set GRANQ_DATA")
 
     import torch
     from tqdm import tqdm

@@ -11,7 +11,7 @@ __all__ = ["zoo"]
 zoo_option = click.option("--zoo", "zoo_dir", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
                           help="Another zoo's folder than the installed one.")
 data_option = click.option("--data", type=click.Path(path_type=Path), metavar="DIR", envvar="GRANQ_DATA", show_envvar=True,
-                           required=True, help="Folder with the test images.")
+                           help="Folder with the test images; the digits need none.")
 batch_option = click.option("--batch-size", type=click.IntRange(min=1),
                             help="Images of a forward  [default: 250; 50 from 64 pixels on].")
 download_option = click.option("--download", is_flag=True, help="Fetch CIFAR's images to DIR with torchvision if they are absent.")

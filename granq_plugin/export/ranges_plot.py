@@ -27,12 +27,13 @@ def plot_ranges(static: nn.Module, folded: nn.Module, path: str | Path) -> None:
 
     Raises:
         ValueError: if either has no static activation quantizer, or static has no ranges. OSError: if the file cannot be written.
-        ModuleNotFoundError: without matplotlib (extra ``bench``).
+        ModuleNotFoundError: without matplotlib (extra ``zoo``).
     """
     try:
         before, after = activation_scales(static), activation_scales(folded)
     except RuntimeError as e:  # no ranges yet
         raise ValueError(str(e)) from e
+    before = {name: before[name] for name in after if name in before} | before  # folded: in the order of execution
     for label, scales in (("before", before), ("after", after)):
         if not scales:
             raise ValueError(f"the model {label} folding has no static activation quantizer")
@@ -44,7 +45,7 @@ def plot_ranges(static: nn.Module, folded: nn.Module, path: str | Path) -> None:
         for axes, scales, title in ((panels[0], before, "before: one scale per channel"), (panels[1], after, "after folding")):
             for i, scale in enumerate(scales.values()):
                 jitter = torch.linspace(-0.3, 0.3, len(scale)) if len(scale) > 1 else torch.zeros(1)
-                axes.scatter(i + jitter, scale, s=5, color="#0072B2", alpha=0.6, linewidths=0)
+                axes.scatter(i + jitter, scale, s=5, color="#3B8FD4", alpha=0.7, linewidths=0)
                 axes.hlines([scale.min(), scale.max()], i - 0.35, i + 0.35, color="#D55E00", linewidth=1)
             axes.set(yscale="log", title=title, xlabel="activation, in order")
             axes.set_xticks(range(len(scales)), list(scales), rotation=90, fontsize=6)

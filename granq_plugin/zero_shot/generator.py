@@ -94,3 +94,11 @@ class Generator(nn.Module):
         x = F.leaky_relu(self.bn1(self.conv1(x)), 0.2)
         x = F.leaky_relu(self.bn2(self.conv2(x)), 0.2)
         return self.bn3(torch.tanh(self.conv3(x)))
+
+    @torch.no_grad()
+    def sample(self, count: int, seed: int = 0) -> Tensor:
+        """Images ``[count, image_channels, S, S]`` of all classes in turn, the same ones for the same seed."""
+        noise = torch.randn(count, self.latent_dim, generator=torch.Generator().manual_seed(seed))
+        labels = torch.arange(count) % self.embedding.num_embeddings
+        like = self.linear.weight
+        return self(noise.to(like), labels.to(like.device))

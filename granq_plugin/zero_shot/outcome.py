@@ -5,7 +5,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from granq_plugin.atomic import atomic_path, write_text
@@ -47,13 +46,6 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-@torch.no_grad()
 def _samples(result: ZeroShotResult, count: int = 64) -> Tensor:
     """Images to look at: the generator's, of all classes in turn, or the first of the memory."""
-    if result.generator is None:
-        return result.images[:count]
-    device = next(result.generator.parameters()).device
-    rng = torch.Generator().manual_seed(0)
-    noise = torch.randn(count, result.generator.latent_dim, generator=rng)
-    labels = torch.arange(count) % result.generator.embedding.num_embeddings
-    return result.generator(noise.to(device), labels.to(device))
+    return result.images[:count] if result.generator is None else result.generator.sample(count)

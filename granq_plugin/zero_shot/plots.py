@@ -12,10 +12,15 @@ from granq_plugin.atomic import atomic_path
 __all__ = ["plot_curves", "plot_images"]
 
 
-def plot_images(images: Tensor, path: str | Path, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Write a PNG grid of normalized images ``[N, C, S, S]`` (1 or 3 channels); mean and std undo the normalization."""
+def plot_images(
+        images: Tensor, path: str | Path, mean: Sequence[float], std: Sequence[float], columns: int | None = None) -> None:
+    """Write a PNG grid of normalized images ``[N, C, S, S]`` (1 or 3 channels); mean and std undo the normalization.
+
+    Args:
+        columns: images in a row; None: as many as rows.
+    """
     plt = _pyplot()
-    columns = math.ceil(math.sqrt(len(images)))
+    columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     shape = (1, -1, 1, 1)
     pixels = (images.float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)).clamp(0, 1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from zoo.data import ImageSet, load_images, read_npz
+from zoo.data import ImageSet, load_digits, load_images, read_npz
 
 
 def arrays(n=6, classes=10, seed=0):
@@ -105,3 +105,27 @@ def test_an_interrupted_download_leaves_nothing(tmp_path, monkeypatch):
         assert list(tmp_path.iterdir()) == []
     with pytest.raises(FileNotFoundError, match="--download fetches it"):
         load_images(tmp_path, "cifar10")
+
+
+def test_digits_are_split_once_and_for_all():
+    """Both splits together are scikit-learn's images, each once; the same bytes everywhere; every class in its proportion."""
+    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn (zoo extra) is not installed")
+    train, test = load_digits("train"), load_digits("test")
+    assert (len(train), len(test)) == (1438, 359) and train.images.shape[1:] == (1, 8, 8) and train.images.dtype == torch.uint8
+    x, y = datasets.load_digits(return_X_y=True)
+    everything = sorted([(int(label), *map(int, image)) for image, label in zip(x, y)])
+    both = torch.cat([train.images, test.images]).flatten(1).double() * 16 / 255
+    labels = torch.cat([train.labels, test.labels])
+    assert sorted([(int(label), *map(int, image.round())) for image, label in zip(both, labels)]) == everything
+    share = torch.bincount(test.labels) / torch.bincount(labels)
+    assert (share - 0.2).abs().max() < 0.003
+    digest = hashlib.sha256(test.images.numpy().tobytes() + test.labels.numpy().tobytes()).hexdigest()
+    assert digest == "1d5c348704d750e52b2449cd7b7a51bb3a64d8a3fe6e65a28604f3596bede0ab"
+
+
+def test_digits_need_no_folder(tmp_path):
+    assert len(load_images(None, "digits")) == len(load_images(tmp_path / "nowhere", "digits")) == 359
+    with pytest.raises(ValueError, match="cifar10 does not come with a package; give --data DIR"):
+        load_images(None, "cifar10")
+    with pytest.raises(ValueError, match="split must be train or test, got 'val'"):
+        load_digits("val")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["CifarResNet", "convolution_shortcuts", "resnet20", "resnet56"]
+__all__ = ["CifarResNet", "convolution_shortcuts", "resnet20", "resnet56", "resnet8"]
 
 
 class PaddingShortcut(nn.Module):
@@ -48,22 +48,23 @@ class CifarResNet(nn.Module):
     """Three stages of 16, 32 and 64 channels, global average pooling, one linear layer.
 
     Args:
-        depth: 6n + 2 (20, 32, 44, 56, 110).
+        depth: 6n + 2 (8, 20, 32, 44, 56, 110).
         num_classes: outputs.
         shortcut: "A" (padding, no parameters) or "B" (1x1 convolution, which FPGA tools need) where the shape changes.
+        in_channels: of the images.
 
     Raises:
         ValueError: for another depth or shortcut.
     """
 
-    def __init__(self, depth: int = 20, num_classes: int = 10, shortcut: str = "B") -> None:
+    def __init__(self, depth: int = 20, num_classes: int = 10, shortcut: str = "B", in_channels: int = 3) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
-            raise ValueError(f"depth must be 6n + 2 (20, 32, 44, 56, 110), got {depth}")
+            raise ValueError(f"depth must be 6n + 2 (8, 20, 32, 44, 56, 110), got {depth}")
         if shortcut not in ("A", "B"):
             raise ValueError(f"shortcut must be 'A' or 'B', got {shortcut!r}")
         blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU()
         self.layer1 = self._stage(16, 16, blocks, 1, shortcut)
@@ -79,10 +80,15 @@ class CifarResNet(nn.Module):
         return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, 1, shortcut) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` -> logits ``[B, num_classes]``."""
+        """``[B, in_channels, H, W]`` -> logits ``[B, num_classes]``."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(self.flatten(self.avgpool(x)))
+
+
+def resnet8(num_classes: int = 10, shortcut: str = "B", in_channels: int = 3) -> CifarResNet:
+    """ResNet-8: 78 thousand parameters; 0.8 M multiply-adds at 8x8."""
+    return CifarResNet(8, num_classes, shortcut, in_channels)
 
 
 def resnet20(num_classes: int = 10, shortcut: str = "B") -> CifarResNet:
