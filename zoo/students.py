@@ -71,6 +71,14 @@ class Student:
         from granq_plugin.deploy import fold
         return fold(calibrate(self.prepared(teacher)), self.example_input(), trainable=True)
 
+    def deployed(self, trained: nn.Module) -> nn.Module:
+        """What is deployed of a trained student, whose accuracy is measured and which is saved: of a folded one a baked copy,
+        cleared of rounding ties; any other is deployed as it is."""
+        if self.activations != "folded":
+            return trained
+        from granq_plugin.deploy import bake, clear_ties
+        return clear_ties(bake(trained), self.example_input().to(next(trained.parameters()).device), inplace=True)[0].eval()
+
     def prepared(self, teacher: nn.Module) -> nn.Module:
         """With folded activations: the static network that is calibrated, then folded."""
         import granq_plugin as gq
@@ -127,10 +135,14 @@ def load_run(run_dir: str | Path) -> tuple[Student, nn.Module, dict]:
                          "of another run")
     state = read_state_dict(folder / "student.safetensors")
     network = student.build(student.card.build(), lambda prepared: _calibrated_as(prepared, folder))
-    network.load_state_dict(state)
-    if student.activations == "folded":
+    if student.activations == "folded":  # what was saved is baked
         from granq_plugin.deploy import bake
         network = bake(network)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as e:
+        raise ValueError(f"{str(folder / 'student.safetensors')!r} is not what this version of granq qat saves: "
+                         f"{str(e).splitlines()[-1].strip()}") from e
     return student, network.eval(), run
 
 

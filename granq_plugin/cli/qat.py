@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -101,7 +101,7 @@ def qat(name, out, weights, weight_bits, act_bits, activations, weight_regime, l
         writer = _tensorboard(out) if tensorboard and parallel.rank() == 0 else None
 
     def top1(network) -> float:
-        return zoo.evaluate.evaluate(network, test_set, card.preprocessing, device=device).top1
+        return zoo.evaluate.evaluate(described.deployed(network), test_set, card.preprocessing, device=device).top1
 
     def on_epoch(row: dict) -> None:
         words = [f"epoch {row['epoch']}/{config.epochs}", *(
@@ -130,11 +130,14 @@ def qat(name, out, weights, weight_bits, act_bits, activations, weight_regime, l
         dataset=card.dataset, teacher_weights_sha256=zoo.weights.sha256(weights),
         images_sha256=None if images_file is None else zoo.weights.sha256(images_file))
     if test_set:
-        summary |= dict(test_images=len(test_set), float_top1=top1(teacher), top1=result.metrics[-1]["accuracy"])
+        summary |= dict(
+            test_images=len(test_set), top1=result.metrics[-1]["accuracy"],
+            float_top1=zoo.evaluate.evaluate(teacher, test_set, card.preprocessing, device=device).top1)
     with input_errors():
         if calibrated:
             save_tensors(out / "calibrated.safetensors", calibrated)
-        save_outcome(out, result, summary, card.preprocessing.mean, card.preprocessing.std)
+        save_outcome(out, replace(result, student=described.deployed(result.student)), summary, card.preprocessing.mean,
+                     card.preprocessing.std)
     click.echo(f"{name}, W{weight_bits}A{act_bits}, {regime} weights, {activations} activations, zero-shot QAT: "
                f"agreement with the teacher on its images {result.metrics[-1]['agreement']:.1%}")
     if test_set:

@@ -8,7 +8,7 @@ from qonnx.core.modelwrapper import ModelWrapper
 from torch import nn
 
 from granq_plugin import GranQWeightPerChannel, quantize, to_static
-from granq_plugin.deploy import check_finn, export_finn, fold, prepare
+from granq_plugin.deploy import check_finn, clear_ties, export_finn, fold, prepare
 from granq_plugin.export import read_metadata, verify
 from networks import FOLDABLE, images32, quantized_as, randomized
 
@@ -43,10 +43,12 @@ def test_hls4ml_simulation_agrees(tmp_path):
         nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
     x = images32(2, 20)
-    model = fold(to_static(prepare(randomized(net, 0).float(), x[:1]), [images32(1)]), x[:1])
+    model = clear_ties(fold(to_static(prepare(randomized(net, 0).float(), x[:1]), [images32(1)]), x[:1]), x[:1])[0]
     path = export_finn(model, x, tmp_path / "m.onnx")
-    agreement, = verify(path, model, x, executors=("hls4ml", )).agreements
-    assert agreement.close == agreement.top1 == 20 and agreement.integers is None
+    result = verify(path, model, x, executors=("hls4ml", ))
+    agreement, = result.agreements
+    assert agreement.close == agreement.top1 == 20 and agreement.integers is None and result.agrees
+    assert agreement.hls4ml_integers == (20 * 6 * 16, 20 * 6 * 16) and "leave hls4ml, end to end: 1920 of 1920" in str(result)
 
 
 class Opposite(nn.Module):
