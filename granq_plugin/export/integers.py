@@ -57,7 +57,7 @@ class IntegerCheck:
         largest_step: the largest difference. tie_distance: how far from a rounding tie (a half) torch's value is, at most, where
         they differ, in steps.
         bound_used: the largest part of what float32 rounding can explain (twice the bound of one program) that a differing integer
-        needs; above 1, the two do not compute the same. Infinite where no bound is known (``unbounded`` names the operator).
+        needs; above 1, the two do not compute the same. unbounded: the operator for which no bound is known, if any.
         output_error: largest difference of the outputs, relative to the sample's largest output, on torch's last activations.
     """
     quantizers: int
@@ -268,7 +268,9 @@ class IntegerTally:
         self.quantizers, self.output_error = len(records), max(self.output_error, output_error)
         for quantizer, record, found in zip(self.found, records, integers):
             difference = np.abs(found.astype(np.float64) - record.integers)
-            unequal = difference != 0
+            # of a dynamic channel that is constant, the one integer is so large that float32 has no neighbour within 2 of it
+            unequal = difference > np.abs(record.integers) * 2.0**-22
+            difference[~unequal] = 0
             self.values += difference.size
             if unequal.any():
                 self.unequal += int(unequal.sum())
@@ -277,25 +279,25 @@ class IntegerTally:
                 self.tie_distance = max(self.tie_distance, float(distance[unequal].max()))
                 samples = np.flatnonzero(unequal.reshape(len(unequal), -1).any(1))
                 apart = self._apart(quantizer, {name: x[samples] for name, x in inputs.items()})
-                needed = distance[samples] + difference[samples] - 1  # two steps need a whole one between two ties
-                used = np.where(unequal[samples], needed / np.maximum(apart, np.finfo(np.float64).tiny), 0.0)
-                self.bound_used = max(self.bound_used, float(used.max()))
+                if apart is not None:
+                    needed = distance[samples] + difference[samples] - 1  # two steps need a whole one between two ties
+                    self.bound_used = max(self.bound_used, float((needed / apart)[unequal[samples]].max()))
 
-    def _apart(self, quantizer: FileQuantizer, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        """How far two correct programs' values can be apart in front of a quantizer, in steps."""
+    def _apart(self, quantizer: FileQuantizer, inputs: dict[str, np.ndarray]) -> np.ndarray | None:
+        """How far two correct programs' values can be apart in front of a quantizer, in steps; None if that is not known."""
         try:
             if quantizer.position is None:
                 raise Unbounded("what its quantizer rounds is not found in the file")
             value, error = self.bounds(quantizer.position, inputs)
         except Unbounded as e:
             self.unbounded = str(e)
-            return np.zeros(())
+            return None
         step = np.asarray(quantizer.step, np.float64)
         if step.ndim == 1:
             step = step.reshape([-1 if a == quantizer.axis % value.ndim else 1 for a in range(value.ndim)])
         scaled, shifted = np.abs(value / step), np.abs(value / step + quantizer.shift)
-        # two roundings: the division, or multiplication, to the grid, and the zero point's addition
-        return 2 * (error / np.abs(step) + U * (scaled + np.maximum(scaled, shifted)))
+        # two roundings: the division, or multiplication, to the grid, and the zero point's addition; never 0
+        return 2 * (error / np.abs(step) + U * (scaled + np.maximum(scaled, shifted))) + np.finfo(np.float32).tiny
 
     def result(self) -> IntegerCheck:
         return IntegerCheck(self.quantizers, self.values, self.unequal, self.largest_step, self.tie_distance, self.bound_used,
