@@ -3,8 +3,8 @@
     python -m benchmarks.zero_shot RUN_DIR...
 
 Writes ``benchmarks/results/zero_shot.csv``, a log per run in ``benchmarks/results/zero_shot/``, the table in the README, and
-``zero_shot.png``: accuracy against iterations, of the runs that were evaluated along the way (``--evaluate-every``). Every number is
-of the last epoch, on the whole test set.
+``zero_shot.png``: accuracy against iterations, of the runs that were evaluated along the way (``--evaluate-every``). Every number
+is of the last epoch, on the whole test set.
 """
 
 import csv

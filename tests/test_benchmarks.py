@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import zoo
-from benchmarks import accuracy, evaluate, export, quantizer, readme, recipe, recipe_profile, zero_shot
+from benchmarks import accuracy, evaluate, export, finn_plus, quantizer, readme, recipe, recipe_profile, zero_shot
 from granq_plugin.core.proxy import GranQDynamicActProxy, GranQStaticActProxy
 from granq_plugin.zero_shot.step import generator_step
 from zoo.data import ImageSet
@@ -142,11 +142,21 @@ def test_the_zero_shot_table_is_the_committed_csv_s():
 
 
 def test_the_export_table_is_the_committed_csv_s():
-    rows, ladder = (export.read_rows(export.RESULTS / name) for name in ("export.csv", "export_ladder.csv"))
-    assert readme.current_table(export.MARKER) == export.table(rows, ladder)
+    rows, ladder, hls4ml = (export.read_rows(export.RESULTS / name) for name in ("export.csv", "export_ladder.csv", "hls4ml.csv"))
+    assert readme.current_table(export.MARKER) == export.table(rows, ladder, hls4ml)
     for row in rows:
+        assert float(row["bound_used"]) <= 1
         if row["kind"] == "folded":
             assert int(row["unequal_integers"]) == 0 and row["close"] == row["images"] and row["correct"] == row["torch_correct"]
+    for row in ladder:
+        assert row["rung"] != "exported file" or row["same_top1_as_folded"] == row["images"]
+
+
+def test_the_finn_table_is_the_committed_csv_s():
+    rows = finn_plus.read_rows()
+    assert readme.current_table(finn_plus.MARKER) == finn_plus.table(rows)
+    assert all((r["passed"] == "True") != (r["control"] == "True") for r in rows)
+    assert {r["control"] for r in rows} == {"True", "False"}
 
 
 def test_the_quantizer_table_is_the_committed_csv_s():
