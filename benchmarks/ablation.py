@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 
 from benchmarks.readme import replace_table
+from granq_plugin.atomic import atomic_path
 
 RESULTS = Path(__file__).parent / "results"
 MARKER = "ablation: written by python -m benchmarks.ablation"
@@ -87,12 +88,10 @@ def main(run_dir, weights, judge, judge_images, data, iterations, only, threads)
         rows.append(row)
     if only:
         return
-    part = RESULTS / "ablation.csv.part"
-    with open(part, "w", newline="", encoding="utf-8") as f:
+    with atomic_path(RESULTS / "ablation.csv") as part, open(part, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    part.replace(RESULTS / "ablation.csv")
     replace_table(MARKER, table(rows, f"{described.network}, W{described.weight_bit_width}A{described.act_bit_width}, "
                                 f"{described.weight_regime} weights, {described.activations} activations; {iterations} iterations "
                                 f"of 32 images; agreement on {len(natural)} images of {judge.parent.name}/{judge.name}."))

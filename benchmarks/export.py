@@ -4,8 +4,13 @@
 
 ResNet-20 (trained), and a depthwise, a concatenating and a fully connected network (random weights, batch statistics of the
 calibration images): dynamic, static and folded, W4A4 and W3A3, as QONNX in qonnx's executor and onnxruntime and as QCDQ in
-onnxruntime. Writes ``benchmarks/results/export.csv`` and the README's table; with ``--ladder``, also ``export_ladder.csv``: the
-accuracy of ResNet-20 from float to the exported file on the full test set.
+onnxruntime. Writes ``benchmarks/results/export.csv`` and the README's table. Further parts, each with its own results:
+
+``--ladder RUN_DIR`` (again for each run of ``granq qat``): ``export_ladder.csv``, the accuracy from float to the exported file on
+the full test set, with how each was trained; ``--untrained-ladder``: the same of ResNet-20 without training. ``--hls4ml RUN_DIR``
+(folded activations): ``hls4ml.csv``, the file of ``granq export --format finn`` in hls4ml's C simulation, compiled with g++, on 100
+images. ``--finn-files DIR``: folded networks for :mod:`benchmarks.finn_plus`, and the same without folding. ``--networks ''``
+leaves the first part out.
 """
 
 import csv
@@ -16,6 +21,7 @@ import click
 import torch
 from torch import nn
 
+from benchmarks.export_ladder import LADDER_FIELDS, ladder_table, rungs_of_run, untrained_rungs
 from benchmarks.readme import replace_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -23,8 +29,9 @@ MARKER = "export: written by python -m benchmarks.export"
 KINDS = ("dynamic", "static", "folded")
 BIT_WIDTHS = (4, 3)
 FIELDS = ("network", "kind", "bits", "format", "executor", "images", "bit_equal", "close", "same_top1", "correct", "torch_correct",
-          "max_rel", "quantizers", "integers", "unequal_integers", "largest_step", "tie_distance", "output_error")
-LADDER_FIELDS = ("bits", "rung", "correct", "images", "same_top1_as_folded")
+          "max_rel", "quantizers", "integers", "unequal_integers", "largest_step", "tie_distance", "bound_used", "output_error")
+HLS4ML_FIELDS = ("run", "bits", "images", "bit_equal", "close", "same_top1", "correct", "torch_correct", "max_rel", "integers",
+                 "equal_integers")
 
 
 class Depthwise(nn.Module):
@@ -112,36 +119,47 @@ def rows_of(name: str, kind: str, bits: int, network: nn.Module, images, labels,
                 rows.append(dict(zip(FIELDS, (
                     name, kind, bits, export.__name__.removeprefix("export_"), a.executor, a.images, a.exact, a.close, a.top1,
                     a.correct, a.torch_correct, f"{a.max_rel:.2g}", i.quantizers, i.values, i.unequal, i.largest_step,
-                    f"{i.tie_distance:.2g}", f"{i.output_error:.2g}"))))
+                    f"{i.tie_distance:.2g}", f"{i.bound_used:.2g}", f"{i.output_error:.2g}"))))
     return rows
 
 
-def ladder(model: nn.Module, calibration: list, test_set, preprocessing) -> list[dict]:
-    """Correct answers of ResNet-20 on the whole test set: float, dynamic, static, folded, and the file in onnxruntime."""
-    from granq_plugin.export import export_qcdq, verify
-    from zoo.evaluate import evaluate, input_batches
-    images, rows = torch.cat(list(input_batches(test_set.images, preprocessing, 1000))), []
-    full_precision = evaluate(model, test_set, preprocessing).correct
-    for bits in BIT_WIDTHS:
-        rungs = {"float": full_precision}
-        rungs |= {k: evaluate(quantized_as(k, model, bits, calibration), test_set, preprocessing).correct for k in KINDS[:2]}
-        folded = quantized_as("folded", model, bits, calibration)
-        with tempfile.TemporaryDirectory() as folder:
-            path = export_qcdq(folded, images[:1], Path(folder, "model.onnx"))
-            a, = verify(path, folded, images, labels=test_set.labels, executors=("onnxruntime", ), batch_size=200,
-                        integers=False).agreements
-        rungs |= {"folded": a.torch_correct, "exported file": a.correct}
-        rows += [dict(zip(LADDER_FIELDS, (bits, rung, correct, len(images), a.top1 if rung == "exported file" else "")))
-                 for rung, correct in rungs.items()]
-    return rows
+def hls4ml_row(run_dir: Path, test_set, count: int) -> dict:
+    """The folded run's FINN file in hls4ml's compiled C simulation."""
+    from granq_plugin.deploy import export_finn
+    from granq_plugin.export import verify
+    from zoo.evaluate import input_batches
+    from zoo.students import load_run
+    student, network, _ = load_run(run_dir)
+    chosen = test_set.subset(count)
+    images = torch.cat(list(input_batches(chosen.images, student.card.preprocessing, 1000)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = export_finn(network, student.example_input(), Path(folder, "model.onnx"))
+        a, = verify(path, network, images, labels=chosen.labels, executors=("hls4ml", )).agreements
+    equal, integers = a.hls4ml_integers
+    return dict(zip(HLS4ML_FIELDS, (
+        run_dir.name, student.act_bit_width, a.images, a.exact, a.close, a.top1, a.correct, a.torch_correct, f"{a.max_rel:.2g}",
+        integers, equal)))
 
 
-def read_rows(path: Path, networks=(), kinds=()) -> list[dict]:
-    """Rows of an earlier run, without those of ``networks`` in one of ``kinds``."""
+def write_finn_files(models: dict[str, nn.Module], calibration: list, folder: Path, bits: int = 4) -> None:
+    """Of every network, folded as FINN reads it, and with static scales per channel as the control that FINN gets stuck on."""
+    import granq_plugin as gq
+    from granq_plugin.deploy import export_finn, prepare
+    from granq_plugin.export import export_qonnx
+    folder.mkdir(parents=True, exist_ok=True)
+    example = calibration[0][:1]
+    for name, model in models.items():
+        export_finn(quantized_as("folded", model, bits, calibration), example, folder / f"{name}_w{bits}a{bits}.onnx")
+        static = gq.to_static(prepare(model, example, bits, bits), calibration)
+        export_qonnx(static, example, folder / f"{name}_w{bits}a{bits}_unfolded.onnx", dynamic_batch=False)
+
+
+def read_rows(path: Path, **replaced) -> list[dict]:
+    """Rows of an earlier run, without those that have one of ``replaced``'s values in each of its columns."""
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8") as f:
-        return [r for r in csv.DictReader(f) if not (networks and r["network"] in networks and r["kind"] in kinds)]
+        return [r for r in csv.DictReader(f) if not replaced or not all(r[k] in values for k, values in replaced.items())]
 
 
 def write(path: Path, fields: tuple, rows: list[dict]) -> None:
@@ -154,21 +172,23 @@ def write(path: Path, fields: tuple, rows: list[dict]) -> None:
     part.replace(path)
 
 
-def table(rows: list[dict], ladder_rows: list[dict]) -> str:
-    """Markdown: a line per network, the worst of its formats and executors; then the ladder."""
-    lines = ["| network | activations | bits | images | within 1e-5 | same top-1 | unequal integers | farthest from a tie |",
-             "|---|---|---|---|---|---|---|---|"]
+def table(rows: list[dict], ladder_rows: list[dict], hls4ml_rows: list[dict]) -> str:
+    """Markdown: a line per network, the worst of its formats and executors; then the ladder, then hls4ml."""
+    lines = ["| network | activations | bits | images | within 1e-5 | same top-1 | unequal integers | farthest from a tie | "
+             "of the bound |", "|---|---|---|---|---|---|---|---|---|"]
     for key in dict.fromkeys((r["network"], r["kind"], r["bits"]) for r in rows):
         of_key = [r for r in rows if (r["network"], r["kind"], r["bits"]) == key]
         close, top1 = (min(int(r[name]) for r in of_key) for name in ("close", "same_top1"))
         unequal = max(int(r["unequal_integers"]) for r in of_key)
-        distance = max(float(r["tie_distance"]) for r in of_key)
+        distance, used = (max(float(r[name]) for r in of_key) for name in ("tie_distance", "bound_used"))
         lines.append(f"| {key[0]} | {key[1]} | W{key[2]}A{key[2]} | {of_key[0]['images']} | {close} | {top1} | {unequal} of "
-                     f"{int(of_key[0]['integers']):,} | {f'{distance:.1g} steps' if unequal else '-'} |")
-    for bits in dict.fromkeys(r["bits"] for r in ladder_rows):
-        rungs = {r["rung"]: r for r in ladder_rows if r["bits"] == bits}
-        percent = "; ".join(f"{rung} {100 * int(r['correct']) / int(r['images']):.2f} %" for rung, r in rungs.items())
-        lines += ["", f"ResNet-20, W{bits}A{bits}, {rungs['float']['images']} test images, no training: {percent}."]
+                     f"{int(of_key[0]['integers']):,} | {f'{distance:.1g} steps | {used:.0%}' if unequal else '- | -'} |")
+    lines += ladder_table(ladder_rows)
+    for r in hls4ml_rows:
+        lines += ["", f"hls4ml (C simulation compiled with g++; the pooled head in onnxruntime), folded run `{r['run']}`, "
+                  f"W{r['bits']}A{r['bits']}, {r['images']} test images: {int(r['equal_integers']):,} of {int(r['integers']):,} "
+                  f"integers that leave hls4ml equal; outputs of {r['bit_equal']} images bit-equal, of {r['close']} within 1e-5, "
+                  f"{r['same_top1']} with the same top-1; correct: hls4ml {r['correct']}, torch {r['torch_correct']}."]
     return "\n".join(lines)
 
 
@@ -180,8 +200,13 @@ def table(rows: list[dict], ladder_rows: list[dict]) -> str:
 @click.option("--batch-size", default=100, show_default=True)
 @click.option("--networks", default="resnet20,depthwise,concat,mlp", show_default=True)
 @click.option("--kinds", default=",".join(KINDS), show_default=True)
-@click.option("--ladder", "with_ladder", is_flag=True, help="Also the accuracy ladder on the full test set.")
-def main(data, weights, calibration_data, count, batch_size, networks, kinds, with_ladder) -> None:
+@click.option("--ladder", "ladder_runs", multiple=True, type=click.Path(path_type=Path), metavar="RUN_DIR")
+@click.option("--untrained-ladder", is_flag=True)
+@click.option("--hls4ml", "hls4ml_runs", multiple=True, type=click.Path(path_type=Path), metavar="RUN_DIR")
+@click.option("--hls4ml-images", default=100, show_default=True)
+@click.option("--finn-files", type=click.Path(path_type=Path), metavar="DIR")
+def main(data, weights, calibration_data, count, batch_size, networks, kinds, ladder_runs, untrained_ladder, hls4ml_runs,
+         hls4ml_images, finn_files) -> None:
     from tqdm import tqdm
 
     import zoo
@@ -200,7 +225,10 @@ def main(data, weights, calibration_data, count, batch_size, networks, kinds, wi
     chosen = test_set.subset(count)
     images = torch.cat(list(input_batches(chosen.images, card.preprocessing, 1000)))
     kinds = [k for k in kinds.split(",") if k]
-    rows = read_rows(RESULTS / "export.csv", models, kinds)
+    if finn_files:
+        write_finn_files(models, calibration, finn_files)
+        models = {}
+    rows = read_rows(RESULTS / "export.csv", network=models, kind=kinds)
     with tqdm(total=len(models) * len(kinds) * len(BIT_WIDTHS) * 3 * len(images), unit="img") as bar:
         for name, model in models.items():
             for kind in kinds:
@@ -208,9 +236,16 @@ def main(data, weights, calibration_data, count, batch_size, networks, kinds, wi
                     network = quantized_as(kind, model, bits, calibration)
                     rows += rows_of(name, kind, bits, network, images, chosen.labels, batch_size, bar.update)
                     write(RESULTS / "export.csv", FIELDS, rows)
-    if with_ladder:
-        write(RESULTS / "export_ladder.csv", LADDER_FIELDS, ladder(resnet20, calibration, test_set, card.preprocessing))
-    replace_table(MARKER, table(*(read_rows(RESULTS / name) for name in ("export.csv", "export_ladder.csv"))))
+    if untrained_ladder:
+        new = untrained_rungs(resnet20, calibration, test_set, card.preprocessing)
+        write(RESULTS / "export_ladder.csv", LADDER_FIELDS, new + read_rows(RESULTS / "export_ladder.csv", training=["none"]))
+    for run_dir in ladder_runs:
+        new, known = rungs_of_run(run_dir, test_set, weights), read_rows(RESULTS / "export_ladder.csv", run=[run_dir.name])
+        write(RESULTS / "export_ladder.csv", LADDER_FIELDS, known + new)
+    for run_dir in hls4ml_runs:
+        known = read_rows(RESULTS / "hls4ml.csv", run=[run_dir.name])
+        write(RESULTS / "hls4ml.csv", HLS4ML_FIELDS, known + [hls4ml_row(run_dir, test_set, hls4ml_images)])
+    replace_table(MARKER, table(*(read_rows(RESULTS / name) for name in ("export.csv", "export_ladder.csv", "hls4ml.csv"))))
 
 
 if __name__ == "__main__":

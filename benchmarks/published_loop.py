@@ -56,20 +56,15 @@ class PublishedLoop:
         self.layers = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
         self.means, self.variances = [], []
         for layer in self.layers:
-            layer.register_forward_hook(self._record)
+            layer.register_forward_hook(lambda *args: self.record(*args))
 
-    def _record(self, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+    def record(self, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
         x = inputs[0]
         self.means.append(x.mean([0, 2, 3]))
         self.variances.append(x.var([0, 2, 3], correction=0))
 
-    def step(self, noise: Tensor, labels: Tensor, trains_student: bool = True) -> None:
+    def generator_loss(self, t: Tensor, q: Tensor, labels: Tensor, means: list[Tensor], variances: list[Tensor]) -> Tensor:
         config = self.config
-        images = self.generator(noise, labels)
-        self.means.clear()
-        self.variances.clear()
-        t = self.teacher(images)
-        q = self.student(images)
         d = F.softmax(t - q, 1)
         h = -(d * F.log_softmax(t - q, 1)).sum(1)
         least = h.min().detach()
@@ -79,19 +74,29 @@ class PublishedLoop:
             t + q, labels)
         statistics = sum(
             F.mse_loss(mean, layer.running_mean) + F.mse_loss(var, layer.running_var)
-            for mean, var, layer in zip(self.means, self.variances, self.layers)) / len(self.layers)
+            for mean, var, layer in zip(means, variances, self.layers)) / len(self.layers)
+        return margins + config.beta * classes + config.gamma * statistics
+
+    def student_loss(self, t: Tensor, q: Tensor) -> Tensor:
+        d = (t - q) / self.config.temperature
+        return self.config.temperature**2 * (F.softmax(d, 1) * F.log_softmax(d, 1)).sum(1).mean()
+
+    def step(self, noise: Tensor, labels: Tensor, trains_student: bool = True) -> None:
+        images = self.generator(noise, labels)
+        self.means.clear()
+        self.variances.clear()
+        t = self.teacher(images)
+        q = self.student(images)
         self.generator_optimizer.zero_grad()
-        (margins + config.beta * classes + config.gamma * statistics).backward()
+        self.generator_loss(t, q, labels, self.means, self.variances).backward()
         self.generator_grads = [p.grad.clone() for p in self.generator.parameters()]
         self.generator_optimizer.step()
         if not trains_student:
             return
         images = images.detach()
         t = self.teacher(images).detach()
-        d = (t - self.student(images)) / config.temperature
-        loss = config.temperature**2 * (F.softmax(d, 1) * F.log_softmax(d, 1)).sum(1).mean()
         self.student_optimizer.zero_grad()
-        loss.backward()
+        self.student_loss(t, self.student(images)).backward()
         self.student_grads = [p.grad.clone() for p in self.student.parameters()]
         self.student_optimizer.step()
 
@@ -122,6 +127,11 @@ class _PrintedReLU(nn.ReLU):
         return printed_formula(F.relu(x), self.bit_width)
 
 
+class _PrintedReLU6(nn.ReLU6):
+    def forward(self, x: Tensor) -> Tensor:
+        return printed_formula(F.relu6(x), self.bit_width)
+
+
 class _PrintedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, printed_formula(self.weight, self.bit_width), self.bias)
@@ -133,10 +143,11 @@ class _PrintedLinear(nn.Linear):
 
 
 def printed_student(teacher: nn.Module, bit_width: int) -> nn.Module:
-    """A copy of ``teacher`` with printed formulas on weights (per kernel, as published) and after every ReLU module."""
+    """A copy of ``teacher`` with printed formulas on weights (per kernel, as published) and after every ReLU and ReLU6 module."""
     student = copy.deepcopy(teacher)
+    kinds = ((nn.ReLU, _PrintedReLU), (nn.ReLU6, _PrintedReLU6), (nn.Conv2d, _PrintedConv2d), (nn.Linear, _PrintedLinear))
     for module in student.modules():
-        for plain, printed in ((nn.ReLU, _PrintedReLU), (nn.Conv2d, _PrintedConv2d), (nn.Linear, _PrintedLinear)):
+        for plain, printed in kinds:
             if type(module) is plain:
                 module.__class__, module.bit_width = printed, bit_width
     return student

@@ -2,8 +2,9 @@
 
     python -m benchmarks.zero_shot RUN_DIR...
 
-Writes ``benchmarks/results/zero_shot.csv``, a log per run in ``benchmarks/results/zero_shot/``, and the table in the README.
-Every number is of the last epoch, on the whole test set.
+Writes ``benchmarks/results/zero_shot.csv``, a log per run in ``benchmarks/results/zero_shot/``, the table in the README, and
+``zero_shot.png``: accuracy against iterations, of the runs that were evaluated along the way (``--evaluate-every``). Every number
+is of the last epoch, on the whole test set.
 """
 
 import csv
@@ -14,6 +15,7 @@ from pathlib import Path
 import click
 
 from benchmarks.readme import replace_table
+from granq_plugin.atomic import atomic_path
 
 RESULTS = Path(__file__).parent / "results"
 LOGS = RESULTS / "zero_shot"
@@ -55,6 +57,31 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines).rstrip()
 
 
+def plot(rows: list[dict], path: Path) -> None:
+    """Accuracy against the images that a student has learned from, a line per run with more than two evaluations."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for row, marker in zip((r for r in rows if len(accuracies(r)) > 2), "osD^vPX*"):
+        points = accuracies(row)
+        axis.plot(*zip(*points), marker=marker, markersize=4, linewidth=1.2,
+                  label=f"{row['network']}, {row['weights']}, {row['activations']}, {row['bits']}")
+    axis.set(xlabel="iterations", ylabel="test top-1, %", title="Zero-shot QAT: accuracy against iterations")
+    axis.grid(alpha=0.3)
+    if axis.lines:
+        axis.legend(fontsize=8)
+    with atomic_path(path) as part:
+        figure.savefig(part, format="png", dpi=120)
+    plt.close(figure)
+
+
+def accuracies(row: dict) -> list[tuple[int, float]]:
+    """``(iterations, accuracy)`` wherever a run was evaluated, from its log."""
+    with open(LOGS / row["log"], newline="", encoding="utf-8") as f:
+        return [(int(r["iterations"]), float(r["accuracy"])) for r in csv.DictReader(f) if r.get("accuracy")]
+
+
 def read_rows(path: Path = RESULTS / "zero_shot.csv") -> list[dict]:
     with open(path, newline="", encoding="utf-8") as f:
         return list(csv.DictReader(f))
@@ -68,12 +95,11 @@ def main(run_dirs: tuple[Path, ...]) -> None:
     LOGS.mkdir(parents=True, exist_ok=True)
     for run_dir in run_dirs:
         shutil.copyfile(run_dir / "metrics.csv", LOGS / f"{run_dir.name}.csv")
-    part = RESULTS / "zero_shot.csv.part"
-    with open(part, "w", newline="", encoding="utf-8") as f:
+    with atomic_path(RESULTS / "zero_shot.csv") as part, open(part, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, FIELDS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    part.replace(RESULTS / "zero_shot.csv")
+    plot(rows, RESULTS / "zero_shot.png")
     replace_table(MARKER, table(read_rows()))
     click.echo(table(rows))
 

@@ -19,8 +19,8 @@ def freeze_weights(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     be those that it was quantized with. A frozen quantizer has the scale and zero point as data, in the state dict: the outputs
     are bit-identical to the model's, the weights are integers times a scale, and every export works as before.
 
-    Where no grid gives the values back, the weight stays in float and its quantizer is switched off: kernels of one value
-    (1x1 convolutions) in the per-kernel regime, which leaves these unquantized in effect.
+    In the per-kernel regime, weights stay in float and their quantizer is switched off where kernels have one value (1x1
+    convolutions), which that regime leaves unquantized in effect, or where no grid gives the values back.
 
     Args:
         model: a model with GranQ weight quantizers, float32. inplace: change ``model`` itself; otherwise a deep copy.
@@ -91,18 +91,19 @@ def _swap(proxy: nn.Module) -> FrozenWeightQuant:
 @torch.no_grad()
 def _freeze(layer: nn.Module) -> None:
     proxy, weight = layer.weight_quant, layer.weight
-    old = proxy.tensor_quant
+    old, per_kernel = proxy.tensor_quant, isinstance(proxy, GranQPerKernelWeightProxy)
     value, scale, zero_point, _ = old(weight)
-    if isinstance(proxy, GranQPerKernelWeightProxy):  # it divides by s, whose reciprocal is rounded
+    if per_kernel:  # it divides by s, whose reciprocal is rounded
         scale, zero_point = GF.inverse_scale(*GF.channel_range(weight), old.bit_width)
     frozen = _swap(proxy)
     frozen.set(scale, zero_point)
     weight.copy_(value)
     integers = frozen.to_int(value)
     exact = torch.equal(frozen.dequantize(integers), value) and torch.equal(frozen(value)[0], value)
-    if exact and int(integers.max()) - frozen.lowest <= 2**frozen.bit_width:
+    one_value = per_kernel and weight.dim() > 2 and weight[0, 0].numel() == 1
+    if exact and not one_value and int(integers.max()) - frozen.lowest <= 2**frozen.bit_width:
         return
-    if not isinstance(proxy, GranQPerKernelWeightProxy):
+    if not per_kernel:
         raise ValueError("a quantized weight is not on its own grid")
     proxy.quant_injector = proxy.quant_injector.let(tensor_quant=type(old))
     proxy.init_tensor_quant()

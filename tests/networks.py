@@ -1,5 +1,8 @@
 """Small float networks that tests of conversion share."""
 
+import copy
+import functools
+
 import brevitas.nn as qnn
 import torch
 import torch.nn.functional as F
@@ -158,6 +161,13 @@ def residual():
         Block(8, 8, relu=False), Block(8, 8, groups=4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
 
 
+def shortcuts():
+    """The two kinds of residual block, for tests of files, whose time goes with the number of nodes."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), Block(4, 4), Block(4, 6, 2), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(6, 3))
+
+
 def mlp():
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 9), nn.ReLU(), nn.Linear(9, 7, bias=False), nn.BatchNorm1d(7), nn.ReLU(),
                          nn.Linear(7, 3))
@@ -191,10 +201,15 @@ def images32(seed, batch=4):
 
 
 def quantized_as(kind, name, bits=4, seed=0):
-    """The FOLDABLE network ``name`` with random weights, in float32: "dynamic", "static" or "folded"."""
+    """The FOLDABLE network ``name``, or ``shortcuts``, with random weights, in float32: "dynamic", "static" or "folded"."""
+    return copy.deepcopy(_quantized_as(kind, name, bits, seed))
+
+
+@functools.cache
+def _quantized_as(kind, name, bits, seed):
     from granq_plugin import quantize, to_static
     from granq_plugin.deploy import fold, prepare
-    model = randomized(FOLDABLE[name](), seed).float()
+    model = randomized((shortcuts if name == "shortcuts" else FOLDABLE[name])(), seed).float()
     if kind == "dynamic":
         return quantize(model, bits, bits)
     if kind == "static":

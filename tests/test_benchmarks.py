@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import accuracy, export, readme, recipe, zero_shot
+import zoo
+from benchmarks import accuracy, evaluate, export, finn_plus, quantizer, readme, recipe, recipe_profile, zero_shot
 from granq_plugin.core.proxy import GranQDynamicActProxy, GranQStaticActProxy
+from granq_plugin.zero_shot.step import generator_step
+from zoo.data import ImageSet
 
 
 def test_the_accuracy_table_is_the_committed_csv_s():
@@ -17,10 +20,11 @@ def test_the_accuracy_table_is_the_committed_csv_s():
     assert readme.current_table(accuracy.MARKER) == accuracy.table(rows)
 
 
-def test_the_recipe_table_is_the_committed_csv_s():
-    rows = recipe.read_rows()
+def test_the_recipe_tables_are_the_committed_csv_s():
+    rows, profile = recipe.read_rows(), recipe.read_rows(recipe.RESULTS / "recipe_profile.csv")
     assert all(float(r["ratio"]) == pytest.approx(float(r["published_ms"]) / float(r["ours_ms"]), rel=0.01) for r in rows)
-    assert readme.current_table(recipe.MARKER) == recipe.table(rows)
+    assert {tuple(r[k] for k in recipe.KEYS) for r in rows} == {tuple(r[k] for k in recipe.KEYS) for r in profile}
+    assert readme.current_table(recipe.MARKER) == recipe.tables()
 
 
 def test_replacing_a_table_leaves_the_rest(tmp_path):
@@ -31,10 +35,78 @@ def test_replacing_a_table_leaves_the_rest(tmp_path):
     assert readme.current_table("x: by y", path) == "| new |"
 
 
-def test_recipe_times_both_loops():
-    for part, functions in recipe.parts(2, "cpu").items():
-        times = recipe.measure(functions, 1, "cpu")
-        assert part in ("student", "iteration") and all(t[0] > 0 for t in times)
+def test_phases_of_the_recipe_are_the_loops():
+    """Cut into pieces, both loops have the gradients of their uncut steps, and every phase has taken time."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        pairs = [recipe.loops("resnet20", 2, "cpu") for _ in range(2)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    (published, training, noise, labels), (whole, *_) = pairs
+    clocks = recipe_profile.Clock("cpu"), recipe_profile.Clock("cpu")
+    recipe_profile.published_phases(published, noise, labels, clocks[0])
+    whole.step(noise, labels)
+    ours = generator_step(
+        pairs[1][1].observed, pairs[1][1].student, pairs[1][1].generator, noise, labels,
+        list(pairs[1][1].generator.parameters()), list(pairs[1][1].student.parameters()), training.config)
+    generator_grads, student_grads = recipe_profile.our_phases(training, noise, labels, clocks[1])
+    for cut, uncut in (
+            (published.generator_grads, whole.generator_grads), (published.student_grads, whole.student_grads),
+            (generator_grads, ours.generator_grads), (student_grads, ours.student_grads)):
+        largest = max(float(g.abs().max()) for g in uncut)
+        assert largest > 0
+        torch.testing.assert_close(list(cut), list(uncut), rtol=1e-9, atol=1e-12 * largest)
+    assert all(ms > 0 for clock in clocks for ms in clock.milliseconds.values())
+    assert "forward" not in vars(published.layers[0])  # nothing is left behind
+
+
+def test_rows_of_a_setting_replace_those_of_the_same(tmp_path):
+    row = dict(zip(recipe.FIELDS, ("resnet20", "cpu", 2, 16, 30.0, 10.0, 3.0, 1, 1, 5)))
+    path = tmp_path / "recipe.csv"
+    recipe.merge_rows(path, recipe.FIELDS, [row | dict(network="resnet18")])
+    recipe.merge_rows(path, recipe.FIELDS, [row | dict(batch_size=200), row])
+    recipe.merge_rows(path, recipe.FIELDS, [row | dict(ours_ms=15.0)])
+    rows = recipe.read_rows(path)
+    assert [(r["network"], r["batch_size"], r["ours_ms"]) for r in rows] == [
+        ("resnet20", "16", "15.0"), ("resnet20", "200", "10.0"), ("resnet18", "16", "10.0")]
+    assert recipe.table(rows).splitlines()[2] == "| resnet20 | cpu, 2 threads | 16 | 33.33 it/s | 66.67 it/s | 3.00x |"
+
+
+def test_recipe_times_whole_iterations():
+    published, training, noise, labels = recipe.loops("resnet20", 2, "cpu")
+    times = recipe.measure((lambda: published.step(noise, labels), training.step), 1, "cpu")
+    assert training.iteration == 2 and all(t[0] > 0 for t in times)
+
+
+def test_the_evaluate_table_is_the_committed_csv_s():
+    rows = evaluate.read_rows()
+    assert readme.current_table(evaluate.MARKER) == evaluate.table(rows)
+    for setting in {(r["device"], r["threads"], r["memory_format"]) for r in rows}:
+        speeds = {r["network"]: r for r in rows if (r["device"], r["threads"], r["memory_format"]) == setting}
+        assert set(speeds) == set(evaluate.KINDS)
+        for r in speeds.values():
+            share = float(r["images_per_second"]) / float(speeds["float"]["images_per_second"])
+            assert float(r["ratio"]) == pytest.approx(share, rel=0.01, abs=1e-3)
+        assert float(speeds["loading"]["ratio"]) > 10, "loading takes a tenth of the time"
+
+
+def test_evaluate_runs_every_network_on_every_image():
+    card = zoo.get_card("resnet20_cifar10")
+    data = ImageSet(torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8), torch.arange(6), "memory")
+    models = evaluate.networks(card.build(), card.example_input(), 4)
+    kinds = {kind: {type(m).__name__ for m in model.modules()} for kind, model in models.items()}
+    assert tuple(models) == evaluate.KINDS
+    assert "GranQDynamicActProxy" in kinds["dynamic"] and "GranQStaticActProxy" in kinds["static"]
+    assert "IntQuant" in kinds["folded"] and not {"GranQDynamicActProxy", "GranQStaticActProxy"} & kinds["folded"]  # scale 1
+    assert not any("Proxy" in name for name in kinds["float"] | kinds["loading"])
+    seen = {kind: [] for kind in models}
+    for kind, model in models.items():
+        model.register_forward_pre_hook(lambda _, inputs, kind=kind: seen[kind].append(inputs[0]))
+    speeds = evaluate.measure(models, data, card.preprocessing, 4, "cpu", "channels_last", 2)
+    for kind, inputs in seen.items():
+        assert [len(x) for x in inputs] == [4, 4, 2, 4, 2]  # the warm-up, then all images twice
+        assert all(x.is_contiguous(memory_format=torch.channels_last) for x in inputs)
+        assert len(speeds[kind]) == 2 and min(speeds[kind]) > 0
 
 
 def test_every_regime_builds_what_it_says():
@@ -53,8 +125,10 @@ def test_every_regime_builds_what_it_says():
 
 def test_plot_is_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib (bench extra) is not installed")
-    accuracy.plot(accuracy.read_rows(), tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    for benchmark in (accuracy, evaluate):
+        benchmark.plot(benchmark.read_rows(), tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "plot.png").unlink()
 
 
 def test_the_zero_shot_table_is_the_committed_csv_s():
@@ -68,8 +142,49 @@ def test_the_zero_shot_table_is_the_committed_csv_s():
 
 
 def test_the_export_table_is_the_committed_csv_s():
-    rows, ladder = (export.read_rows(export.RESULTS / name) for name in ("export.csv", "export_ladder.csv"))
-    assert readme.current_table(export.MARKER) == export.table(rows, ladder)
+    rows, ladder, hls4ml = (export.read_rows(export.RESULTS / name) for name in ("export.csv", "export_ladder.csv", "hls4ml.csv"))
+    assert readme.current_table(export.MARKER) == export.table(rows, ladder, hls4ml)
     for row in rows:
+        assert float(row["bound_used"]) <= 1
         if row["kind"] == "folded":
             assert int(row["unequal_integers"]) == 0 and row["close"] == row["images"] and row["correct"] == row["torch_correct"]
+    for row in ladder:
+        assert row["rung"] != "exported file" or row["same_top1_as_folded"] == row["images"]
+
+
+def test_the_finn_table_is_the_committed_csv_s():
+    rows = finn_plus.read_rows()
+    assert readme.current_table(finn_plus.MARKER) == finn_plus.table(rows)
+    assert all((r["passed"] == "True") != (r["control"] == "True") for r in rows)
+    assert {r["control"] for r in rows} == {"True", "False"}
+
+
+def test_the_quantizer_table_is_the_committed_csv_s():
+    rows, scaling, memory = (quantizer.read_rows(f"quantizer{name}.csv") for name in ("", "_scaling", "_memory"))
+    assert readme.current_table(quantizer.MARKER) == quantizer.table(rows, scaling, memory)
+    floors = {(r["shape"], r["mode"]): float(r["median_ms"]) for r in rows if r["method"] == "clone"}
+    assert len(floors) == len(quantizer.SHAPES) * len(quantizer.MODES)
+    for r in rows:
+        assert float(r["ratio_to_clone"]) == pytest.approx(float(r["median_ms"]) / floors[r["shape"], r["mode"]], rel=0.01, abs=0.002)
+
+
+def test_the_quantizers_that_are_timed_do_what_their_labels_say():
+    """One scale per sample and channel gives at most 16 values each; one per tensor, 16 in all."""
+    x = torch.randn(2, 8, 6, 6)
+    for name, method in quantizer.methods(8).items():
+        y = method(x)
+        assert y.shape == x.shape and name in quantizer.LABELS
+        if name == "clone":
+            continue
+        levels, levels_of_channel = y.unique().numel(), max(y[b, c].unique().numel() for b in range(2) for c in range(8))
+        assert levels_of_channel <= 16
+        assert (levels <= 16) == (name == "brevitas_per_tensor"), (name, levels)
+    times = quantizer.in_turns(quantizer.callers(dict(clone=torch.clone), (2, 3, 4, 4), "forward+backward"), 0.01)
+    assert len(times["clone"]) >= 5
+
+
+def test_the_quantizer_plots_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib (bench extra) is not installed")
+    quantizer.plot_shapes(quantizer.read_rows("quantizer.csv"), tmp_path / "a.png")
+    quantizer.plot_scaling(quantizer.read_rows("quantizer_scaling.csv"), tmp_path / "b.png")
+    assert all((tmp_path / f"{n}.png").read_bytes().startswith(b"\x89PNG") for n in "ab")

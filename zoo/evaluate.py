@@ -52,7 +52,7 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     p, z2n = correct / total, z * z / total
     centre, half = p + z2n / 2, z * (p * (1 - p) / total + z2n / total / 4)**0.5
     low, high = ((centre - half) / (1 + z2n), (centre + half) / (1 + z2n))
-    return 100 * max(low, 0.0), 100 * min(high, 1.0)
+    return 100 * max(min(low, p), 0.0), 100 * min(max(high, p), 1.0)  # rounding must not put an end past 0, 1 or p
 
 
 def default_batch_size(preprocessing: Preprocessing) -> int:

@@ -109,7 +109,7 @@ class Packed:
             try:
                 quantizer.set(*(state[prefix + name] for name in quantizer.BUFFERS))
             except KeyError as e:
-                raise ValueError(f"packed weights lack {e} of {key}") from e
+                raise ValueError(f"packed weights are of another network: they lack {e}") from e
             state[key] = quantizer.dequantize(integers)
         counters = {k: v for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")}
         try:

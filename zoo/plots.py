@@ -50,12 +50,14 @@ def _panel(axes, network: str, cards: list[Card], against: str) -> None:
     if full is not None:
         axes.axhline(full, color="black", linewidth=1, linestyle=(0, (6, 3)), label="full precision (ours)")
     positions = {}
-    for i, (regime, (color, marker, line)) in enumerate(_STYLES.items()):
+    regimes = [r for r in _STYLES if any(regime_of(c.quantization) == r for c in quantized)]
+    for i, regime in enumerate(regimes):
+        color, marker, line = _STYLES[regime]
         of_regime = [(_position(c, against), c) for c in quantized if regime_of(c.quantization) == regime]
         of_regime = sorted((pair for pair in of_regime if pair[0] is not None), key=lambda pair: pair[0])
         if of_regime:
             positions = {c.quantization.bits: x for x, c in of_regime} | positions
-            aside = 0.04 * (i - 3) if against == "bits" else 0  # markers of equal bits would hide each other
+            aside = 0.05 * (i - (len(regimes) - 1) / 2) if against == "bits" else 0  # markers of equal bits would hide each other
             axes.plot([x + aside for x, _ in of_regime], [c.results.top1 for _, c in of_regime], color=color, marker=marker,
                       linestyle=line, markersize=7, markeredgecolor="black", markeredgewidth=0.5, label=f"ours: {regime}")
     images = max(c.results.images for c in quantized)

@@ -114,7 +114,8 @@ def _root(zoo_dir: str | Path | None) -> Path:
 
 
 def write_entry(entry: Entry, zoo_dir: str | Path | None = None, *, overwrite: bool = False) -> list[Path]:
-    """Write an entry's files, the card last; returns them. Each is whole or not there.
+    """Write an entry's files, the card last; returns them. Each is whole or not there, and where one cannot be
+    written, no new one stays.
 
     Raises:
         ValueError: if the zoo has an entry of that name with weights, unless ``overwrite``. OSError: if a file cannot be written.
@@ -123,20 +124,24 @@ def write_entry(entry: Entry, zoo_dir: str | Path | None = None, *, overwrite: b
     if not overwrite and name in list_models("*", root) and get_card(name, root).weights is not None:
         raise ValueError(f"the zoo in {str(root)!r} has an entry {name!r} with weights already; --overwrite replaces it")
     files = [root / "pretrained" / f"{name}.safetensors", root / entry.card.training.log]
-    for folder in ("cards", "pretrained", "logs", "configs"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    with atomic_path(files[0]) as part:
-        part.write_bytes(entry.data)
-    copies = [(entry.run_dir / "metrics.csv", files[1])]
+    sources = [None, entry.run_dir / "metrics.csv"]
     if entry.card.training.config:
         files.append(root / entry.card.training.config)
-        copies.append((entry.run_dir / "config.toml", files[2]))
-    for source, target in copies:
-        with atomic_path(target) as part:
-            shutil.copyfile(source, part)
-    files.append(root / "cards" / f"{name}.toml")
-    write_text(files[-1], entry.card.to_toml())
-    return files
+        sources.append(entry.run_dir / "config.toml")
+    card_file = root / "cards" / f"{name}.toml"
+    new = [f for f in [*files, card_file] if not f.exists()]
+    try:
+        for file, source in zip(files, sources):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(file) as part:
+                shutil.copyfile(source, part) if source else part.write_bytes(entry.data)
+        card_file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(card_file, entry.card.to_toml())
+    except BaseException:
+        for file in new:
+            file.unlink(missing_ok=True)
+        raise
+    return [*files, card_file]
 
 
 def _student_entry(folder: Path, name: str | None, license: str | None):

@@ -1,7 +1,7 @@
 """Zero-shot QAT of a zoo network, from its description to a run's folder: :func:`train_student`."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -77,14 +77,17 @@ def train_student(
         calibrated.update({k: v.clone() for k, v in prepared.state_dict().items() if isinstance(v, Tensor)})
         return prepared
 
+    def deployed(network: nn.Module) -> nn.Module:
+        return quantization.deployed(network, card.example_input())
+
     def top1(network: nn.Module) -> float:
         return evaluate(network, test_set, card.preprocessing, device=device).top1
 
     network = quantization.build(teacher, card.example_input(), calibrate)
     result = zero_shot_qat(
         network.to(device), teacher.to(device), config, images=images, run_dir=run_dir, resume=resume,
-        evaluate=top1 if test_set else None, evaluate_every=evaluate_every or config.epochs, on_iteration=on_iteration,
-        on_epoch=on_epoch)
+        evaluate=(lambda trained: top1(deployed(trained))) if test_set else None, evaluate_every=evaluate_every or config.epochs,
+        on_iteration=on_iteration, on_epoch=on_epoch)
     in_zoo = card.name in list_models() and get_card(card.name) == card
     summary = dict(network=card.name if in_zoo else "card.toml") | asdict(quantization) | dict(
         dataset=card.dataset, teacher_weights_sha256=teacher_sha256, images_sha256=images_sha256)
@@ -95,7 +98,8 @@ def train_student(
             write_text(Path(run_dir) / "card.toml", card.to_toml())
         if calibrated:
             save_tensors(Path(run_dir) / "calibrated.safetensors", calibrated)
-        save_outcome(run_dir, result, summary, card.preprocessing.mean, card.preprocessing.std)
+        outcome = replace(result, student=deployed(result.student))
+        save_outcome(run_dir, outcome, summary, card.preprocessing.mean, card.preprocessing.std)
     return StudentRun(result, summary)
 
 

@@ -90,6 +90,14 @@ class Quantization:
         from granq_plugin.deploy import fold
         return fold(calibrate(self.prepared(teacher, example_input)), example_input, trainable=True)
 
+    def deployed(self, trained: nn.Module, example_input: Tensor) -> nn.Module:
+        """What is deployed of a trained student, whose accuracy is measured and which is saved: of a folded one a baked copy,
+        cleared of rounding ties; any other is deployed as it is."""
+        if self.activations != "folded":
+            return trained
+        from granq_plugin.deploy import bake, clear_ties
+        return clear_ties(bake(trained), example_input.to(next(trained.parameters()).device), inplace=True)[0].eval()
+
     def prepared(self, teacher: nn.Module, example_input: Tensor) -> nn.Module:
         """With folded activations: the static network that is calibrated, then folded."""
         import granq_plugin as gq

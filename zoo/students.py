@@ -54,6 +54,10 @@ class Student:
         """
         return self.quantization.build(teacher, self.example_input(), calibrate)
 
+    def deployed(self, trained: nn.Module) -> nn.Module:
+        """See :meth:`zoo.quantization.Quantization.deployed`."""
+        return self.quantization.deployed(trained, self.example_input())
+
     def prepared(self, teacher: nn.Module) -> nn.Module:
         """With folded activations: the static network that is calibrated, then folded."""
         return self.quantization.prepared(teacher, self.example_input())
@@ -101,10 +105,14 @@ def load_run(run_dir: str | Path) -> tuple[Student, nn.Module, dict]:
                          "of another run")
     state = read_state_dict(folder / "student.safetensors")
     network = student.build(student.card.build(), lambda prepared: _calibrated_as(prepared, folder))
-    network.load_state_dict(state)
-    if student.activations == "folded":
+    if student.activations == "folded":  # what was saved is baked
         from granq_plugin.deploy import bake
         network = bake(network)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as e:
+        raise ValueError(f"{str(folder / 'student.safetensors')!r} is not what this version of granq qat saves: "
+                         f"{str(e).splitlines()[-1].strip()}") from e
     return student, network.eval(), run
 
 

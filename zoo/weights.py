@@ -47,7 +47,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 # The same network under other names, as (theirs, ours): regular expressions on whole names, applied one after the other.
 _CHENYAOFO = ((r"(^|\.)downsample\.", r"\1shortcut."), (r"^fc\.", "linear."))
 _PYTORCHCV = (
-    (r"^features\.init_block\.(?:conv\.)?conv\.", "conv1."), (r"^features\.init_block\.(?:conv\.)?bn\.", "bn1."),
+    (r"^features\.init_block\.(?:conv\.)?bn\.", "bn1."), (r"^features\.init_block\.(?:conv\.)?conv\.", "conv1."),
     (r"^features\.stage(\d+)\.unit(\d+)\.", lambda m: f"layer{m[1]}.{int(m[2]) - 1}."),
     (r"\.body\.conv(\d)\.conv\.", r".conv\1."), (r"\.body\.conv(\d)\.bn\.", r".bn\1."),
     (r"\.identity_conv\.conv\.", ".shortcut.0."), (r"\.identity_conv\.bn\.", ".shortcut.1."), (r"^output\.", "linear."))

@@ -12,11 +12,21 @@ __all__ = ["BitWidth", "input_errors", "join_ranks", "open_card", "open_device",
 
 
 
+_EXTRAS = dict(hls4ml="hls", matplotlib="zoo", safetensors="zoo", tensorboard="tensorboard", torchvision="zoo") | dict.fromkeys(
+    ("onnx", "onnxoptimizer", "onnxruntime", "onnxscript", "qonnx"), "export")
+"""Which extra brings a package."""
+
+
 @contextlib.contextmanager
 def input_errors():
-    """Turn what the library raises for bad input into the command line's error."""
+    """Turn what the library raises for bad input, or without a package, into the command line's error."""
     try:
         yield
+    except ModuleNotFoundError as e:
+        package = (e.name or "").split(".")[0]
+        if package not in _EXTRAS:
+            raise
+        raise click.ClickException(f"the package {package} is missing: pip install 'granq-plugin[{_EXTRAS[package]}]'") from e
     except (ValueError, TypeError, OSError, FloatingPointError) as e:
         raise click.ClickException(" ".join(str(e).split())) from e
 

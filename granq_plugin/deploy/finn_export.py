@@ -1,5 +1,6 @@
 """From a folded model to the file that FINN reads: :func:`export_finn`."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from granq_plugin.atomic import atomic_path
 from granq_plugin.core.proxy import GranQDynamicActProxy, GranQStaticActProxy
 from granq_plugin.deploy.finn import check_finn
+from granq_plugin.export.costs import MAC_OPS
 from granq_plugin.export.files import metadata_of, set_metadata
 from granq_plugin.export.onnx_export import to_onnx
 
@@ -45,7 +47,9 @@ def export_finn(
             raise TypeError(f"example_input must be a tensor, got {type(example_input).__name__}")
         proto = to_onnx(model, example_input[:1], "qonnx", dynamic_batch=False)
         described = metadata_of(proto)
+        layers = _weights_of_layers(proto)
         proto = _cleaned(proto, top_k)
+        described["weight_bit_widths"] = _in_order_of(_weights_of_layers(proto), layers, described["weight_bit_widths"])
         _check_input_quantized(proto)
         _check_rules(proto)
         set_metadata(proto, described | {"format": "finn"} | dict(metadata or {}))
@@ -76,6 +80,40 @@ def _cleaned(proto, top_k: int | None):
             raise ValueError(f"top_k must be a whole number from 1 to {outputs}, the number of outputs, got {top_k!r}")
         graph = cleanup_model(graph.transform(InsertTopK(k=top_k)).transform(InferShapes()))
     return graph.transform(InferDataTypes()).model
+
+
+def _weights_of_layers(proto) -> list[bytes]:
+    """The stored weight of every layer, in order of execution."""
+    constants = {i.name: _unnamed(i) for i in proto.graph.initializer}
+    constants |= {n.output[0]: _unnamed(n.attribute[0].t) for n in proto.graph.node if n.op_type == "Constant"}
+    producer = {output: n for n in proto.graph.node for output in n.output}
+    weights = []
+    for node in proto.graph.node:
+        if node.op_type in MAC_OPS:
+            source = node.input[1]
+            while source not in constants and source in producer:
+                source = producer[source].input[0]
+            weights.append(constants.get(source, b""))
+    return weights
+
+
+def _unnamed(tensor) -> bytes:
+    """Shape, type and numbers of a stored tensor."""
+    from onnx import numpy_helper
+    array = numpy_helper.to_array(tensor)
+    return f"{array.dtype} {array.shape} ".encode() + array.tobytes()
+
+
+def _in_order_of(weights: list[bytes], described: list[bytes], names: str) -> str:
+    """The description ``[[name, bits]...]`` of layers, sorted as clean-up has sorted them; as it is where it cannot be told."""
+    entries, free = json.loads(names), list(range(len(described)))
+    if sorted(weights) != sorted(described) or len(entries) != len(weights):
+        return names
+    order = []
+    for weight in weights:
+        order.append(next(i for i in free if described[i] == weight))
+        free.remove(order[-1])
+    return json.dumps([entries[i] for i in order])
 
 
 def _check_input_quantized(proto) -> None:

@@ -9,7 +9,7 @@ from granq_plugin.export.executors import open_executor, with_input_shapes
 from granq_plugin.export.files import metadata_of, read_onnx
 from granq_plugin.export.integers import find_quantizers
 
-__all__ = ["CostReport", "LayerCost", "report"]
+__all__ = ["MAC_OPS", "CostReport", "LayerCost", "report"]
 
 MAC_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # Operators whose output holds only values of their first input (or zeros), so that it has that input's bit width.
@@ -150,7 +150,7 @@ def _is_constant(graph, tensor: str) -> bool:
 
 def _weight_bits(graph, nodes, metadata: dict[str, str]) -> tuple[list[str], list[int]]:
     named = json.loads(metadata.get("weight_bit_widths", "[]"))
-    if len(named) == len(nodes) and metadata.get("format") != "finn":  # clean-up for FINN reorders the layers
+    if len(named) == len(nodes):
         return [name for name, _ in named], [bits for _, bits in named]
     return [n.name for n in nodes], [_quant_bits(graph, n.input[1]) for n in nodes]
 

@@ -1,9 +1,12 @@
 """Programs that run an exported file: onnxruntime, qonnx's executor, and hls4ml's compiled C simulation."""
 
+import shutil
 import tempfile
 from collections.abc import Callable
 
 import numpy as np
+
+from granq_plugin.export.files import attribute, quant_limits
 
 __all__ = ["EXECUTORS", "fixed_batch", "lower_quant", "open_executor", "split_for_hls4ml", "with_input_shapes"]
 
@@ -112,13 +115,15 @@ def split_for_hls4ml(model):
 def _hls4ml(model):
     """Compile the firmware that hls4ml writes for a folded network with g++, and run it on the CPU. Channels last inside.
 
-    What :func:`split_for_hls4ml` cuts off is run in onnxruntime.
+    What :func:`split_for_hls4ml` cuts off is run in onnxruntime; what it is given there is an output of the function too.
     """
     import hls4ml
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.transformation.channels_last import ConvertToChannelsLastAndClean
     from qonnx.transformation.infer_shapes import InferShapes
     from qonnx.util.cleanup import cleanup_model
+    if shutil.which("g++") is None:
+        raise ValueError("hls4ml's simulation is compiled with g++, which is not installed here")
     body, head = split_for_hls4ml(model)
     rest = None if head is None else _onnxruntime(head)
     input_name, output_name = model.graph.input[0].name, model.graph.output[0].name
@@ -143,7 +148,7 @@ def _hls4ml(model):
         if rest is None:
             return {output_name: y}
         outputs = [rest({body.graph.output[0].name: sample[None]})[output_name] for sample in y]
-        return {output_name: np.concatenate(outputs)}
+        return {output_name: np.concatenate(outputs), body.graph.output[0].name: y}
 
     run.folder = folder  # the library is loaded from it: it lives as long as the function
     return run
@@ -172,14 +177,12 @@ def lower_quant(model):
         if node.op_type != "Quant":
             nodes.append(node)
             continue
-        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        mode = attributes.get("rounding_mode", b"ROUND").decode().upper()
+        mode = attribute(node, "rounding_mode", b"ROUND").decode().upper()
         if mode not in ("ROUND", "HALF_EVEN"):
             raise ValueError(f"Quant node {node.name!r} rounds with {mode}; only ROUND is known here")
         if node.input[3] not in constants:
             raise ValueError(f"Quant node {node.name!r} has a computed bit width")
-        bits = int(constants[node.input[3]])
-        limits = _int_limits(attributes.get("signed", 1), attributes.get("narrow", 1), bits)
+        limits = quant_limits(node, int(constants[node.input[3]]))
         x, scale, zero_point = node.input[:3]
         steps = [f"granq_quant_{i}_{step}" for step in range(5)]
         for limit, value in zip(("min", "max"), limits):
@@ -195,8 +198,3 @@ def lower_quant(model):
     lowered.graph.node.extend(nodes)
     return lowered
 
-
-def _int_limits(signed: int, narrow: int, bits: int) -> tuple[int, int]:
-    if signed:
-        return -2**(bits - 1) + narrow, 2**(bits - 1) - 1
-    return 0, 2**bits - 1 - narrow

@@ -1,11 +1,11 @@
-"""ONNX files with what is known of the network in them."""
+"""ONNX files with what is known of the network in them, and what every reader of their nodes needs."""
 
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["read_metadata", "read_onnx", "set_metadata"]
+__all__ = ["attribute", "metadata_of", "quant_limits", "read_metadata", "read_onnx", "set_metadata"]
 
 PREFIX = "granq."
 DIGEST = "sha256"
@@ -84,3 +84,17 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         FileNotFoundError, ValueError: see :func:`read_onnx`.
     """
     return metadata_of(read_onnx(path))
+
+
+def attribute(node, name: str, default):
+    """A node's attribute, or ``default``."""
+    from onnx import helper
+    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
+
+
+def quant_limits(node, bits: int) -> tuple[int, int]:
+    """The smallest and the largest integer of a Quant node."""
+    narrow = attribute(node, "narrow", 1)
+    if attribute(node, "signed", 1):
+        return -2**(bits - 1) + narrow, 2**(bits - 1) - 1
+    return 0, 2**bits - 1 - narrow

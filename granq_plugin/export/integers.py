@@ -3,6 +3,10 @@
 Sums of a convolution depend on the order in which a program adds, in the last bits of float32. Where such a sum lies on a rounding
 tie of the next quantizer, two correct programs choose neighbouring integers, and everything after that differs. So the file's
 quantizers are compared one at a time: each layer is given torch's own activations, and its integers are compared with torch's.
+
+What is then proved of every integer that differs: a correct program's value lies within e of the exact one
+(:class:`granq_plugin.export.rounding.RoundingBounds`), so two of them lie within 2 e of each other, and round to different integers
+only if a tie lies between them: torch's own value must be within 2 e of a tie. A file that computes something else breaks this.
 """
 
 from dataclasses import dataclass
@@ -13,6 +17,8 @@ from torch import Tensor, nn
 
 from granq_plugin import functional as GF
 from granq_plugin.core.proxy import GranQDynamicActProxy
+from granq_plugin.export.files import attribute
+from granq_plugin.export.rounding import RoundingBounds, U, Unbounded
 
 __all__ = [
     "IntegerCheck",
@@ -33,7 +39,8 @@ class QuantizerRecord:
 
     Attributes:
         name: of its proxy. value: ``[B, C, ...]``, dequantized. exact: the real-valued positions on the integer grid, before
-        rounding. integers: those, rounded (and clamped).
+        rounding. integers: those, rounded (and clamped). The grid of a dynamic quantizer has its 0 at the value 0: its offset,
+        which two programs may round differently without another result, is not subtracted.
     """
     name: str
     value: np.ndarray
@@ -48,7 +55,9 @@ class IntegerCheck:
     Attributes:
         quantizers: how many activation quantizers were compared. values: how many integers. unequal: those that differ.
         largest_step: the largest difference. tie_distance: how far from a rounding tie (a half) torch's value is, at most, where
-        they differ, in steps; two correct programs differ only at about 0.
+        they differ, in steps.
+        bound_used: the largest part of what float32 rounding can explain (twice the bound of one program) that a differing integer
+        needs; above 1, the two do not compute the same. unbounded: the operator for which no bound is known, if any.
         output_error: largest difference of the outputs, relative to the sample's largest output, on torch's last activations.
     """
     quantizers: int
@@ -56,12 +65,17 @@ class IntegerCheck:
     unequal: int
     largest_step: int
     tie_distance: float
+    bound_used: float
+    unbounded: str
     output_error: float
 
     @property
     def equal_but_for_ties(self) -> bool:
-        """True if no integer differs, or by one alone where torch's value lies within 0.001 steps of a rounding tie."""
-        return self.unequal == 0 or (self.largest_step == 1 and self.tie_distance <= 1e-3)
+        """True if rounding explains every integer that differs; without a bound, if they differ by one alone where torch's value
+        lies within 0.001 steps of a tie."""
+        if self.unbounded:
+            return self.largest_step <= 1 and self.tie_distance <= 1e-3
+        return self.bound_used <= 1
 
 
 class record_quantizers:
@@ -90,8 +104,8 @@ class record_quantizers:
                 quantizer = fused.tensor_quant
                 x = quantizer.clamp(x)
                 inv_scale, offset = GF.inverse_scale(*GF.channel_range(x, quantizer.channel_axis), quantizer.bit_width)
-                exact = x * inv_scale - offset
-                integers = exact.round()
+                exact = x * inv_scale
+                integers = (exact - offset).round() + offset
             else:
                 exact = x / scale + zero_point
                 integers = (value / scale + zero_point).round()
@@ -105,10 +119,16 @@ class FileQuantizer:
     """An activation quantizer in an ONNX graph: names of the tensors with its values and with its integers.
 
     Attributes:
+        position: the tensor in front of it, None if it is not found; divided by step, plus shift, it is what is rounded.
+        axis: where a step ``[C]`` stands.
         scale, zero_point: where the file has no integers (Quant), those of the node, as arrays; otherwise None.
     """
     value: str
     integers: str
+    position: str | None = None
+    step: np.ndarray | float = 1.0
+    shift: np.ndarray | float = 0.0
+    axis: int = 1
     scale: np.ndarray | None = None
     zero_point: np.ndarray | None = None
 
@@ -132,16 +152,31 @@ def find_quantizers(model) -> list[FileQuantizer]:
     found = []
     for node in nodes:
         if node.op_type == "Quant" and not _is_constant(node.input[0], producer, constants):
-            found.append(FileQuantizer(node.output[0], node.output[0], constants[node.input[1]], constants[node.input[2]]))
+            scale, zero_point = (constants[i] for i in node.input[1:3])
+            found.append(FileQuantizer(node.output[0], node.output[0], node.input[0], scale, zero_point, 1, scale, zero_point))
         elif node.op_type == "DequantizeLinear" and not _is_constant(node.input[0], producer, constants):
-            found.append(FileQuantizer(node.output[0], node.input[0]))
+            found.append(FileQuantizer(node.output[0], node.input[0], *_before_quantize_linear(node, producer, constants)))
         elif node.op_type == "Round":
             clip = only_consumer(node, "Clip")
             last = only_consumer(node, "Add") if clip is None else only_consumer(clip, "Sub") or clip
             end = last and only_consumer(last, "Div" if clip is None else "Mul")
-            if end:
-                found.append(FileQuantizer(end.output[0], (clip or node).output[0]))
+            before = producer.get(node.input[0])
+            if end and clip is not None:
+                found.append(FileQuantizer(end.output[0], clip.output[0], node.input[0]))
+            elif end:  # dynamic: (round(s x - z) + z) / s
+                position = before.input[0] if before is not None and before.op_type == "Sub" else None
+                found.append(FileQuantizer(end.output[0], last.output[0], position))
     return found
+
+
+def _before_quantize_linear(node, producer: dict, constants: dict) -> tuple:
+    """``(position, step, shift, axis)`` of the QuantizeLinear in front of a DequantizeLinear; ``()`` if there is none."""
+    node = producer.get(node.input[0])
+    while node is not None and node.op_type == "Clip":
+        node = producer.get(node.input[0])
+    if node is None or node.op_type != "QuantizeLinear" or node.input[1] not in constants:
+        return ()
+    return node.input[0], constants[node.input[1]], 0.0, attribute(node, "axis", 1)
 
 
 def _is_constant(name: str, producer: dict, constants: dict) -> bool:
@@ -215,28 +250,58 @@ def _output(model, name: str):
 
 
 class IntegerTally:
-    """Adds up an :class:`IntegerCheck` over batches."""
+    """Adds up an :class:`IntegerCheck` over batches.
 
-    def __init__(self) -> None:
+    Args:
+        forced: the model of :func:`force_activations`. quantizers: of :func:`find_quantizers`.
+    """
+
+    def __init__(self, forced, quantizers: list[FileQuantizer]) -> None:
+        self.found, self.bounds = quantizers, RoundingBounds(forced)
         self.quantizers = self.values = self.unequal = self.largest_step = 0
-        self.tie_distance = self.output_error = 0.0
+        self.tie_distance = self.bound_used = self.output_error = 0.0
+        self.unbounded = ""
 
-    def add(self, records: list[QuantizerRecord], integers: list[np.ndarray], output_error: float) -> None:
-        """Compare one batch's records with the file's integers."""
+    def add(self, inputs: dict[str, np.ndarray], records: list[QuantizerRecord], integers: list[np.ndarray],
+            output_error: float) -> None:
+        """Compare one batch's records with the file's integers; inputs: what the forced model was run on."""
         self.quantizers, self.output_error = len(records), max(self.output_error, output_error)
-        for record, found in zip(records, integers):
+        for quantizer, record, found in zip(self.found, records, integers):
             difference = np.abs(found.astype(np.float64) - record.integers)
-            unequal = difference != 0
+            # of a dynamic channel that is constant, the one integer is so large that float32 has no neighbour within 2 of it
+            unequal = difference > np.abs(record.integers) * 2.0**-22
+            difference[~unequal] = 0
             self.values += difference.size
-            self.unequal += int(unequal.sum())
             if unequal.any():
-                position = record.exact[unequal]
+                self.unequal += int(unequal.sum())
                 self.largest_step = max(self.largest_step, int(difference.max()))
-                self.tie_distance = max(self.tie_distance, float(np.abs(np.abs(position - np.round(position)) - 0.5).max()))
+                distance = np.abs(np.abs(record.exact - np.round(record.exact)) - 0.5)
+                self.tie_distance = max(self.tie_distance, float(distance[unequal].max()))
+                samples = np.flatnonzero(unequal.reshape(len(unequal), -1).any(1))
+                apart = self._apart(quantizer, {name: x[samples] for name, x in inputs.items()})
+                if apart is not None:
+                    needed = distance[samples] + difference[samples] - 1  # two steps need a whole one between two ties
+                    self.bound_used = max(self.bound_used, float((needed / apart)[unequal[samples]].max()))
+
+    def _apart(self, quantizer: FileQuantizer, inputs: dict[str, np.ndarray]) -> np.ndarray | None:
+        """How far two correct programs' values can be apart in front of a quantizer, in steps; None if that is not known."""
+        try:
+            if quantizer.position is None:
+                raise Unbounded("what its quantizer rounds is not found in the file")
+            value, error = self.bounds(quantizer.position, inputs)
+        except Unbounded as e:
+            self.unbounded = str(e)
+            return None
+        step = np.asarray(quantizer.step, np.float64)
+        if step.ndim == 1:
+            step = step.reshape([-1 if a == quantizer.axis % value.ndim else 1 for a in range(value.ndim)])
+        scaled, shifted = np.abs(value / step), np.abs(value / step + quantizer.shift)
+        # two roundings: the division, or multiplication, to the grid, and the zero point's addition; never 0
+        return 2 * (error / np.abs(step) + U * (scaled + np.maximum(scaled, shifted))) + np.finfo(np.float32).tiny
 
     def result(self) -> IntegerCheck:
-        return IntegerCheck(
-            self.quantizers, self.values, self.unequal, self.largest_step, self.tie_distance, self.output_error)
+        return IntegerCheck(self.quantizers, self.values, self.unequal, self.largest_step, self.tie_distance, self.bound_used,
+                            self.unbounded, self.output_error)
 
 
 def integers_of(quantizer: FileQuantizer, outputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -245,5 +310,3 @@ def integers_of(quantizer: FileQuantizer, outputs: dict[str, np.ndarray]) -> np.
     if quantizer.scale is None:
         return tensor
     return np.round(tensor / quantizer.scale + quantizer.zero_point)
-
-

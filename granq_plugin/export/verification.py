@@ -36,6 +36,7 @@ class Agreement:
         top1: images with the same largest output (for a file that ends in top-k: with the same indices).
         correct, torch_correct: images whose largest output is the label, in the file and in torch; None without labels.
         integers: the activations' integers, layer by layer; None where the file shows none (``integers_missing`` says why).
+        hls4ml_integers: ``(equal, all)`` of the integers that leave hls4ml, where a network is cut; end to end.
     """
     executor: str
     images: int
@@ -48,6 +49,7 @@ class Agreement:
     torch_correct: int | None
     integers: IntegerCheck | None
     integers_missing: str = ""
+    hls4ml_integers: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class Verification:
 
     @property
     def agrees(self) -> bool:
-        """True if the file computes what torch does: no integer differs but by one on a rounding tie, and the outputs that follow
-        are within ``rtol``; without integers (hls4ml, top-k), if every image's largest output is the same."""
+        """True if the file computes what torch does: float32 rounding explains every integer that differs, and the outputs that
+        follow are within ``rtol``; without integers (hls4ml), if every image's largest output is the same."""
         return all(
             a.top1 == a.images if a.integers is None else a.integers.equal_but_for_ties and a.integers.output_error <= self.rtol
             for a in self.agreements)
@@ -78,13 +80,25 @@ class Verification:
             if a.correct is not None:
                 lines.append(f"    correct: file {a.correct}, torch {a.torch_correct}")
             if a.integers is None:
-                lines.append(f"    integers not compared: {a.integers_missing}")
+                lines.append(f"    integers not compared layer by layer: {a.integers_missing}")
             else:
                 i = a.integers
-                unequal = f"; {i.unequal} differ by at most {i.largest_step}, all within {i.tie_distance:.1g} steps of a tie"
                 lines.append(f"    integers, layer by layer: {i.values - i.unequal} of {i.values} equal in {i.quantizers} "
-                             f"quantizers{unequal if i.unequal else ''}; output then within {i.output_error:.1g}")
+                             f"quantizers; output then within {i.output_error:.1g}")
+                if i.unequal:
+                    lines.append(f"    {i.unequal} differ by at most {i.largest_step}, all within {i.tie_distance:.1g} steps of a "
+                                 f"rounding tie: {_explanation(i)}")
+            if a.hls4ml_integers is not None:
+                lines.append("    integers that leave hls4ml, end to end: {} of {} equal".format(*a.hls4ml_integers))
         return "\n".join(lines)
+
+
+def _explanation(check: IntegerCheck) -> str:
+    if check.unbounded:
+        return f"no bound is known ({check.unbounded})" + ("" if check.equal_but_for_ties else "; THE FILE COMPUTES SOMETHING ELSE")
+    if check.equal_but_for_ties:
+        return f"float32 sums in another order explain each ({check.bound_used:.0%} of the bound at most)"
+    return f"{check.bound_used:.2g} times what float32 rounding can explain: THE FILE COMPUTES SOMETHING ELSE"
 
 
 def verify(
@@ -102,7 +116,8 @@ def verify(
     """Run an exported file and the torch model that it came from on the same images, and compare.
 
     End to end, two programs that add in different orders may round a value that lies on a tie differently, and differ from there
-    on. The comparison of integers (:class:`IntegerCheck`) tells such images from a wrong file.
+    on. The comparison of integers (:class:`IntegerCheck`) tells such images from a wrong file: it gives each layer torch's own
+    activations, and takes only differences that float32's rounding errors can explain, by a bound for each value.
 
     Args:
         path: an ONNX file. model: the torch model, compared in evaluation mode, on the CPU.
@@ -165,11 +180,15 @@ def _compare(name, proto, model, images, labels, batch_size, rtol, integers, pro
     input_name, output_name = proto.graph.input[0].name, proto.graph.output[0].name
     exact = close = top1 = correct = torch_correct = 0
     max_abs = max_rel = 0.0
+    cut_integers = None
     for start in range(0, len(images), batch_size):
         x = images[start:start + batch_size]
         with torch.no_grad(), record_quantizers(model) as recorder:
             expected = _plain(model(x)).numpy()
-        found = np.asarray(run({input_name: x.numpy()})[output_name])
+        outputs = run({input_name: x.numpy()})
+        found = np.asarray(outputs.pop(output_name))
+        if name == "hls4ml" and outputs:
+            cut_integers = np.add(cut_integers or (0, 0), _equal_integers(*outputs.values(), recorder.records)).tolist()
         indices = not np.issubdtype(found.dtype, np.floating) or found.size != expected.size
         found = found.reshape(len(x), -1)
         flat = expected.reshape(len(x), -1)
@@ -201,7 +220,14 @@ def _compare(name, proto, model, images, labels, batch_size, rtol, integers, pro
     counted = check is not None and not missing
     return Agreement(
         name, len(images), exact, close, max_abs, max_rel, top1, None if labels is None else correct,
-        None if labels is None else torch_correct, check.tally.result() if counted else None, missing)
+        None if labels is None else torch_correct, check.tally.result() if counted else None, missing,
+        None if cut_integers is None else tuple(cut_integers))
+
+
+def _equal_integers(values: np.ndarray, records: list[QuantizerRecord]) -> tuple[int, int]:
+    """``(equal, all)`` of a tensor of integers beside the record that it is nearest to."""
+    equal = [int((values == r.integers).sum()) for r in records if r.integers.shape == values.shape]
+    return max(equal, default=0), values.size
 
 
 def _plain(output) -> Tensor:
@@ -217,7 +243,7 @@ class _IntegerRun:
     def __init__(self, executor: str, proto) -> None:
         self.executor, self.proto, self.quantizers = executor, proto, find_quantizers(proto)
         self.input, self.output = proto.graph.input[0].name, proto.graph.output[0].name
-        self.tally, self.run = IntegerTally(), None
+        self.tally = self.run = None
 
     def add(self, x: np.ndarray, records: list[QuantizerRecord], expected: np.ndarray | None) -> str:
         """Compare one batch; the reason if that is not possible."""
@@ -231,12 +257,13 @@ class _IntegerRun:
             if self.order is None:
                 return "the activations in the file are of other shapes than the model's"
             forced, self.names = force_activations(self.proto, self.quantizers)
-            self.run = open_executor(self.executor, forced)
+            self.run, self.tally = open_executor(self.executor, forced), IntegerTally(forced, self.quantizers)
         records = [records[i] for i in self.order]
-        outputs = self.run({self.input: x} | dict(zip(self.names, (r.value for r in records))))
+        inputs = {self.input: x} | dict(zip(self.names, (r.value for r in records)))
+        outputs = self.run(inputs)
         error = 0.0
         if expected is not None:
             flat, found = expected.reshape(len(x), -1), np.asarray(outputs[self.output]).reshape(len(x), -1)
             error = float((np.abs(found - flat).max(1) / np.maximum(np.abs(flat).max(1), np.finfo(np.float32).tiny)).max())
-        self.tally.add(records, [integers_of(q, outputs) for q in self.quantizers], error)
+        self.tally.add(inputs, records, [integers_of(q, outputs) for q in self.quantizers], error)
         return ""

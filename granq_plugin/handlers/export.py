@@ -36,6 +36,11 @@ class _Handler(BaseHandler):
     """Brevitas calls ``prepare_for_export`` with the proxy, and then the handler in the quantizer's place while it traces."""
 
     def prepare_for_export(self, module: nn.Module) -> None:
+        if module.is_quant_enabled:  # one that is switched off is not called either
+            self.prepare(module)
+
+    def prepare(self, module: nn.Module) -> None:
+        """Keep what ``forward`` needs of an enabled quantizer's proxy."""
         self.signed, self.narrow = module.is_signed, module.is_narrow_range
         self.bit_width = module.bit_width().detach()
         self.bits = int(self.bit_width)  # a number: the dynamo exporter cannot branch on a tensor
@@ -49,8 +54,8 @@ class DynamicHandler(_Handler):
     """The formula as standard operators; what :func:`granq_plugin.functional.granq` computes, without its gradient."""
     handled_layer = GranQDynamicActProxy
 
-    def prepare_for_export(self, module: nn.Module) -> None:
-        super().prepare_for_export(module)
+    def prepare(self, module: nn.Module) -> None:
+        super().prepare(module)
         quantizer = module.fused_activation_quant_proxy.tensor_quant
         self.channel_axis, self.clamp = quantizer.channel_axis, [quantizer.clamp]
 
@@ -70,8 +75,8 @@ class _StaticHandler(_Handler):
     """Frozen (or so far collected) scale and zero point, as constants."""
     handled_layer = GranQStaticActProxy
 
-    def prepare_for_export(self, module: nn.Module) -> None:
-        super().prepare_for_export(module)
+    def prepare(self, module: nn.Module) -> None:
+        super().prepare(module)
         quantizer = module.fused_activation_quant_proxy.tensor_quant
         self.clamp, self.ranges = [quantizer.clamp], [quantizer.scaling_impl]  # in lists: not submodules of a second module
         self.scale = module.scale().detach()
@@ -93,8 +98,8 @@ class _StaticHandler(_Handler):
 class _WeightHandler(_Handler):
     """Weights that are quantized once, here. A proxy that several layers share quantizes each layer's weight by itself."""
 
-    def prepare_for_export(self, module: nn.Module) -> None:
-        super().prepare_for_export(module)
+    def prepare(self, module: nn.Module) -> None:
+        super().prepare(module)
         quantizer = module.tensor_quant
         weights = [m.weight.detach() for m in module.tracked_module_list]
         self.constants = {w.data_ptr(): self.quantized(quantizer, w) for w in weights}

@@ -1,11 +1,12 @@
 """Fused versions of the quantizers of :mod:`granq_plugin.functional`: the same results, bit for bit, at the price of a copy.
 
-On CPU a small C++ kernel that the system's compiler builds on first use (:mod:`~granq_plugin.kernels.native`). Everything else
-(layouts it does not know, tracing, export, vmap, ``torch.compile``, no compiler) runs the operations of ``functional``. The
+On CPU a small C++ kernel that the system's compiler builds on first use (:mod:`~granq_plugin.kernels.native`), on GPU a Triton
+kernel of the dynamic quantizer (:mod:`~granq_plugin.kernels.triton_kernel`). Everything else (layouts they do not know, tracing, export, vmap, ``torch.compile``, no compiler) runs the operations of ``functional``. The
 environment variable ``GRANQ_KERNEL`` forces one: "eager", "compiled" or "triton".
 """
 
 import os
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -50,15 +51,36 @@ def _choose(x: Tensor, channel_axis: int, layout_of=layout_of) -> tuple[str, Lay
     name = forced()
     if name == "eager":
         return name, None
-    layout = layout_of(x, channel_axis) if x.layout == torch.strided and x.is_floating_point() else None
-    if layout is None or not x.is_cpu or x.is_neg():
+    layout = layout_of(x, channel_axis) if x.layout == torch.strided and x.is_floating_point() and not x.is_neg() else None
+    if layout is None:
         return "eager", None
-    problem = why_not_compiled(x.dtype)
+    if name == "triton" or name is None and x.is_cuda:
+        problem = _why_not_triton(x)
+        chosen = "triton" if problem is None and layout.scale_shape and x.dtype != torch.float64 else "eager"
+    elif not x.is_cpu:
+        return "eager", None
+    else:
+        chosen, problem = "compiled", why_not_compiled(x.dtype)
     if problem is None:
-        return "compiled", layout
-    if name == "compiled":
-        raise RuntimeError(f"GRANQ_KERNEL=compiled, but: {problem}")
+        return chosen, layout
+    if name:
+        raise RuntimeError(f"GRANQ_KERNEL={name}, but: {problem}")
     return "eager", None
+
+
+def _why_not_triton(x: Tensor) -> str | None:
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton runs on a GPU, and x is on {x.device} (TRITON_INTERPRET=1 interprets it on CPU, for tests)"
+    return _triton_problem()
+
+
+@cache
+def _triton_problem() -> str | None:
+    try:
+        from granq_plugin.kernels import triton_kernel  # noqa: F401
+    except ImportError as e:
+        return f"Triton cannot be imported: {e}"
+    return None
 
 
 def _is_observed() -> bool:
@@ -85,6 +107,9 @@ def granq(x: Tensor, bit_width: int, channel_axis: int = 1, before: Before = IDE
         if chosen == "compiled":
             from granq_plugin.kernels import compiled
             return compiled.granq(x, GF.check_bit_width(bit_width), layout, before)
+        if chosen == "triton":
+            from granq_plugin.kernels import triton_kernel
+            return triton_kernel.granq(x, GF.check_bit_width(bit_width), layout, before)
     return GF.granq(before.apply(x), bit_width, channel_axis)
 
 

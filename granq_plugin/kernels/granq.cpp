@@ -250,11 +250,12 @@ void rows(const T* x, T* y, W* scale, W* zero_point, uint8_t* mask, const W* alp
             }
         const V low = load(lows);
         const Grid grid = grid_of(low, low != low ? low : hi[0], levels);
-        W inv_scales[L], offsets[L];
+        W inv_scales[L], offsets[L], scales[L], zero_points[L];
         store(inv_scales, grid.inv_scale), store(offsets, grid.offset);
+        store(scales, 1 / grid.inv_scale), store(zero_points, 0 - grid.offset);
+        std::memcpy(scale + first, scales, group * sizeof(W));
+        std::memcpy(zero_point + first, zero_points, group * sizeof(W));
         for (int64_t g = 0; g < group; g++) {
-            scale[first + g] = 1 / inv_scales[g];
-            zero_point[first + g] = 0 - offsets[g];
             const Grid own{all(inv_scales[g]), all(offsets[g])};
             const Row row = at_row(first + g);
             row.map(y + (first + g) * n, [&](V v) { return on_grid(steps.template value<B>(v), own); });

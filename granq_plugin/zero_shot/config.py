@@ -74,7 +74,7 @@ class ZeroShotConfig(Settings):
                               "(beyond the paper: SynQ)", least=0)
 
     bf16: bool = setting(False, "autocast the networks to bfloat16; quantizers, losses and statistics stay float32")
-    channels_last: bool = setting(False, "run the convolutions in channels_last layout")
+    channels_last: bool = setting(True, "run the convolutions in channels_last layout: a fifth faster on CPU")
     compile: str = setting(
         "off", "torch.compile of teacher, student and generator; cudagraphs needs a GPU", choices=("off", "default", "cudagraphs"))
     checkpoint_every: int = setting(200, "iterations between checkpoints, in a run directory", least=1)

@@ -30,8 +30,8 @@ class BatchNorm2d(nn.BatchNorm2d):
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``conv2d(interpolate(x, scale_factor=2), weight, bias, padding=1)`` with 4 instead of 9 products per output pixel.
 
-    Behind a nearest-neighbour upsampling the taps of a 3x3 kernel meet equal pixels: an output pixel sees 2x2 input pixels under sums
-    of taps, which is what a transposed convolution of stride 2 with a 4x4 kernel computes. Equal up to rounding.
+    Behind a nearest-neighbour upsampling the taps of a 3x3 kernel meet equal pixels: an output pixel sees 2x2 input pixels under
+    sums of taps, which is what a transposed convolution of stride 2 with a 4x4 kernel computes. Equal up to rounding.
 
     Args:
         x: ``[B, I, H, W]``. weight: ``[O, I, 3, 3]``. bias: ``[O]`` or None.

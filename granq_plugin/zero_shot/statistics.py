@@ -1,36 +1,67 @@
 """Batch statistics at the teacher's BatchNorm layers, from the pass that computes its logits."""
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
 from granq_plugin.zero_shot import parallel
 
-__all__ = ["BatchNormStatistics", "batch_norm_layers", "batch_statistics"]
+__all__ = ["BatchNormStatistics", "batch_norm_layers", "batch_statistics", "observed_batch_norm"]
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
+def _mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel, float32 or wider, in two passes."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if x.dim() == 4 and x.shape[1] > 1 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.batch_norm_update_stats(x, None, None, 0.0)  # without the temporary of below, but slow in other layouts
+    axes = [d for d in range(x.dim()) if d != 1]
+    mean = x.mean(axes, keepdim=True)
+    return mean.flatten(), (x - mean).square_().mean(axes)  # torch.var_mean is 10x slower on CPU
+
+
+def _per_channel(v: Tensor, x: Tensor) -> Tensor:
+    return v.view((1, -1) + (1, ) * (x.dim() - 2))
+
+
+def _through_statistics(x: Tensor, mean: Tensor, grad_mean: Tensor, grad_var: Tensor) -> Tensor:
+    """The gradient to x of its mean and variance, in one pass."""
+    count = x.numel() // x.shape[1]
+    slope = grad_var * (2 / count)
+    return torch.addcmul(_per_channel(grad_mean / count - slope * mean, x), x, _per_channel(slope, x))  # wide
+
+
 class _MeanVar(torch.autograd.Function):
-    """Mean and biased variance of every channel; the backward is one pass, ``x * a_c + b_c``."""
+    """Mean and biased variance of every channel."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
-        axes = [d for d in range(x.dim()) if d != 1]
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean = wide.mean(axes, keepdim=True)
-        var = (wide - mean).square_().mean(axes)  # two passes: torch.var_mean's one is 10x slower on CPU
-        mean = mean.flatten()
+        mean, var = _mean_var(x)
         ctx.save_for_backward(x, mean)
         return mean, var
 
     @staticmethod
     def backward(ctx, grad_mean: Tensor, grad_var: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
-        count = x.numel() // x.shape[1]
-        shape = (1, -1) + (1, ) * (x.dim() - 2)
-        slope = grad_var * (2 / count)
-        offset = grad_mean / count - slope * mean
-        return torch.addcmul(offset.view(shape).to(x.dtype), x, slope.view(shape).to(x.dtype))
+        return _through_statistics(x, mean, grad_mean, grad_var).to(x.dtype)
+
+
+class _FrozenBatchNorm(torch.autograd.Function):
+    """``x * scale + shift`` per channel with frozen scale and shift, and the statistics of x; one backward for both."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, var = _mean_var(x)
+        ctx.save_for_backward(x, mean, scale)
+        return torch.addcmul(_per_channel(shift, x), x, _per_channel(scale, x)).to(x.dtype), mean, var
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor, None, None]:
+        x, mean, scale = ctx.saved_tensors
+        grad = _through_statistics(x, mean, grad_mean, grad_var).addcmul_(grad, _per_channel(scale, x))
+        return grad.to(x.dtype), None, None
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +73,10 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``(mean, var)``, each ``[C]``, float32 or wider.
     """
-    mean, var = _MeanVar.apply(x)
+    return _over_ranks(*_MeanVar.apply(x))
+
+
+def _over_ranks(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
     ranks = parallel.world_size()
     if ranks == 1:
         return mean, var
@@ -59,15 +93,32 @@ def batch_norm_layers(teacher: nn.Module) -> list[nn.Module]:
     return layers
 
 
+def observed_batch_norm(x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """The output of a frozen BatchNorm layer in evaluation mode, and :func:`batch_statistics` of its input."""
+    scale = (layer.running_var + layer.eps).rsqrt()
+    if layer.weight is not None:
+        scale = scale * layer.weight.detach()
+    shift = -layer.running_mean * scale
+    if layer.bias is not None:
+        shift = shift + layer.bias.detach()
+    y, mean, var = _FrozenBatchNorm.apply(x, scale, shift)
+    return y, *_over_ranks(mean, var)
+
+
 class BatchNormStatistics:
-    """Hooks on a teacher's BatchNorm layers; ``take()`` returns what :func:`losses.bn_statistics_loss` takes."""
+    """In the place of the BatchNorm layers' forwards of a frozen teacher; ``take()`` returns what
+    :func:`losses.bn_statistics_loss` takes."""
 
     def __init__(self, teacher: nn.Module) -> None:
         self._seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self._handles = [m.register_forward_pre_hook(self._record) for m in batch_norm_layers(teacher)]
+        self._layers = batch_norm_layers(teacher)
+        for layer in self._layers:
+            layer.forward = functools.partial(self._forward, layer)
 
-    def _record(self, layer: nn.Module, inputs: tuple) -> None:
-        self._seen.append((*batch_statistics(inputs[0]), layer.running_mean, layer.running_var))
+    def _forward(self, layer: nn.Module, x: Tensor) -> Tensor:
+        y, mean, var = observed_batch_norm(x, layer)
+        self._seen.append((mean, var, layer.running_mean, layer.running_var))
+        return y
 
     def take(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """The statistics of the passes since the last call."""
@@ -75,5 +126,6 @@ class BatchNormStatistics:
         return seen
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        """Give the layers their own forwards back."""
+        for layer in self._layers:
+            layer.__dict__.pop("forward", None)

@@ -8,12 +8,12 @@ from qonnx.core.modelwrapper import ModelWrapper
 from torch import nn
 
 from granq_plugin import GranQWeightPerChannel, quantize, to_static
-from granq_plugin.deploy import check_finn, export_finn, fold, prepare
-from granq_plugin.export import read_metadata, verify
+from granq_plugin.deploy import check_finn, clear_ties, export_finn, fold, prepare
+from granq_plugin.export import read_metadata, report, verify
 from networks import FOLDABLE, images32, quantized_as, randomized
 
 
-@pytest.mark.parametrize("name", ["residual", "mobile", "without_norm", "mlp"])
+@pytest.mark.parametrize("name", ["shortcuts", "mobile", "without_norm", "mlp"])
 def test_file_keeps_the_rules_and_computes_the_same(tmp_path, name):
     model, x = quantized_as("folded", name), images32(2, 4)
     path = export_finn(model, x, tmp_path / "m.onnx", metadata={"accuracy": 88.5})
@@ -23,6 +23,10 @@ def test_file_keeps_the_rules_and_computes_the_same(tmp_path, name):
     for a in verify(path, model, x).agreements:
         assert a.top1 == 4 and a.close >= 3 and a.integers.output_error < 1e-5
         assert a.integers.unequal == 0 or (a.integers.largest_step == 1 and a.integers.tie_distance < 1e-4)
+    named = {layer.name: layer for layer in report(path).layers}
+    modules = {n: m for n, m in model.named_modules() if hasattr(m, "quant_weight")}
+    assert named.keys() == modules.keys()  # clean-up sorts the layers differently; their names follow
+    assert all(named[n].weights == m.weight.numel() and named[n].weight_bits == 4 for n, m in modules.items())
     stored = read_metadata(path)
     assert stored["format"] == "finn" and json.loads(stored["accuracy"]) == 88.5
 
@@ -43,10 +47,12 @@ def test_hls4ml_simulation_agrees(tmp_path):
         nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
     x = images32(2, 20)
-    model = fold(to_static(prepare(randomized(net, 0).float(), x[:1]), [images32(1)]), x[:1])
+    model = clear_ties(fold(to_static(prepare(randomized(net, 1).float(), x[:1]), [images32(1)]), x[:1]), x[:1])[0]
     path = export_finn(model, x, tmp_path / "m.onnx")
-    agreement, = verify(path, model, x, executors=("hls4ml", )).agreements
-    assert agreement.close == agreement.top1 == 20 and agreement.integers is None
+    result = verify(path, model, x, executors=("hls4ml", ))
+    agreement, = result.agreements
+    assert agreement.close == agreement.top1 == 20 and agreement.integers is None and result.agrees
+    assert agreement.hls4ml_integers == (20 * 6 * 16, 20 * 6 * 16) and "leave hls4ml, end to end: 1920 of 1920" in str(result)
 
 
 class Opposite(nn.Module):

@@ -56,7 +56,7 @@ def test_models_that_no_executor_takes():
 
 
 def test_a_network_is_cut_before_its_global_pooling(tmp_path):
-    model, x = quantized_as("folded", "residual"), images32(0, 3)
+    model, x = quantized_as("folded", "shortcuts"), images32(0, 3)
     proto = read_onnx(export_qonnx(model, x, tmp_path / "m.onnx"))
     body, head = split_for_hls4ml(proto)
     assert not {"GlobalAveragePool", "Flatten", "Gemm"} & {n.op_type for n in body.graph.node}

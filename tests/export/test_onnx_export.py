@@ -18,7 +18,7 @@ from networks import images32, quantized_as
 
 FORMATS = [export_qonnx, export_qcdq]
 KINDS = ("dynamic", "static", "folded")
-NETWORKS = ("residual", "mobile", "concat", "mlp")
+NETWORKS = ("shortcuts", "mobile", "concat", "mlp")
 
 
 def assert_agrees(path, model, x, executors=("onnxruntime", "qonnx")):
@@ -27,6 +27,7 @@ def assert_agrees(path, model, x, executors=("onnxruntime", "qonnx")):
         assert a.top1 == a.images and a.close >= a.images - 1, a
         assert a.integers is not None, a.integers_missing
         assert a.integers.unequal == 0 or (a.integers.largest_step == 1 and a.integers.tie_distance < 1e-4), a
+        assert a.integers.bound_used <= 1 and not a.integers.unbounded, a
         assert a.integers.output_error < 1e-5
 
 
@@ -38,14 +39,15 @@ def batch_axis(path):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_torch_qonnx_and_onnxruntime_agree(tmp_path, name, kind):
     model, x = quantized_as(kind, name), images32(2, 6)
-    for export in FORMATS:
-        assert_agrees(export(model, x[:1], tmp_path / "model.onnx"), model, x)
+    for export in FORMATS:  # qonnx's executor runs standard operators in onnxruntime: once is enough for these
+        executors = ("onnxruntime", "qonnx") if export is export_qonnx or name == "mlp" else ("onnxruntime", )
+        assert_agrees(export(model, x[:1], tmp_path / "model.onnx"), model, x, executors)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("export", FORMATS)
 def test_dynamo_exporter_with_an_open_batch(tmp_path, export, kind):
-    model, x = quantized_as(kind, "residual"), images32(2, 6)
+    model, x = quantized_as(kind, "shortcuts"), images32(2, 6)
     path = export(model, x[:1], tmp_path / "model.onnx", dynamo=True)
     assert batch_axis(path).dim_param
     assert_agrees(path, model, x, ("onnxruntime", "qonnx") if export is export_qonnx else ("onnxruntime", ))

@@ -1,11 +1,17 @@
 """verify(): files that compute the same pass, files that do not are seen, damaged ones are refused."""
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import given, settings
 from onnx import numpy_helper
 
+import oracles
+from granq_plugin import quantize
 from granq_plugin.export import export_qcdq, export_qonnx, verify
 from granq_plugin.export.executors import lower_quant, open_executor
 from granq_plugin.export.files import read_onnx, set_metadata
@@ -41,6 +47,24 @@ def scale_by(factor):
     return change
 
 
+def scale_all_by(factor):
+
+    def change(proto):
+        """The scales of the weights, which are all that multiplies them."""
+        constant = {i.name for i in proto.graph.initializer} | {n.output[0] for n in proto.graph.node if n.op_type == "Constant"}
+        integers = {n.output[0] for n in proto.graph.node if n.op_type == "Clip" and n.input[0] in constant} | constant
+        nodes = [n for n in proto.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in integers]
+        assert nodes
+        for i in proto.graph.initializer:
+            if i.name in {n.input[1] for n in nodes}:
+                i.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(i) * np.float32(factor), i.name))
+        for n in proto.graph.node:
+            if n.op_type == "Constant" and n.output[0] in {m.input[1] for m in nodes}:
+                n.attribute[0].t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(n.attribute[0].t) * np.float32(factor)))
+
+    return change
+
+
 def test_counts(exported):
     path, model, x = exported
     labels = model(x).argmax(1)
@@ -58,8 +82,53 @@ def test_counts(exported):
 def test_a_wrong_weight_is_seen(exported):
     path, model, x = exported
     changed(path, scale_by(1.5))
-    for a in verify(path, model, x).agreements:
-        assert a.close < a.images and a.max_rel > 1e-3 and a.exact == 0
+    result = verify(path, model, x)
+    for a in result.agreements:
+        assert a.close < a.images and a.max_rel > 1e-3 and a.exact == 0 and a.integers.bound_used > 1
+    assert not result.agrees and "THE FILE COMPUTES SOMETHING ELSE" in str(result)
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_weights_off_by_a_thousandth_of_themselves_are_seen(tmp_path, kind):
+    """Far below a step: only the bound on float32's rounding tells these few integers from ties."""
+    model, x = quantized_as(kind, "shortcuts"), images32(2, 40)
+    path = export_qcdq(model, x[:1], tmp_path / "m.onnx")
+    assert verify(path, model, x, executors=("onnxruntime", )).agrees
+    changed(path, scale_all_by(1 + 1e-3))
+    result = verify(path, model, x, executors=("onnxruntime", ))
+    check = result.agreements[0].integers
+    assert not result.agrees and 0 < check.unequal < check.values / 20 and check.bound_used > 10
+
+
+@given(oracles.SEEDS)
+@settings(max_examples=8)
+def test_another_order_of_summation_is_no_disagreement(seed):
+    """A narrow dynamic range far from 0, cut in steps of 1e-4 of its values: integers differ, and the bound explains them."""
+    torch.manual_seed(seed)
+    net = torch.nn.Sequential(torch.nn.Conv2d(64, 4, 3, bias=True), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 1)).eval()
+    with torch.no_grad():
+        net[0].bias.fill_(10.0)
+        net[0].weight.mul_(0.02)
+    model, x = quantize(net, 8, 8), torch.randn(4, 64, 12, 12)
+    forward, permutation = model[0].forward, torch.randperm(64)
+    with tempfile.TemporaryDirectory() as folder:
+        path = export_qonnx(model, x, Path(folder, "m.onnx"))
+        weight = model[0].quant_weight().value[:, permutation]
+        model[0].forward = lambda y: torch.nn.functional.conv2d(y[:, permutation], weight, model[0].bias)
+        result = verify(path, model, x, executors=("onnxruntime", ))
+        model[0].forward = forward
+    assert result.agrees and result.agreements[0].integers.bound_used <= 1
+    assert "float32 sums in another order explain each" in str(result) or result.agreements[0].integers.unequal == 0
+
+
+def test_without_a_bound_only_ties_pass(tmp_path):
+    model, x = quantize(torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(192, 8), torch.nn.Sigmoid(), torch.nn.Linear(8, 4), torch.nn.ReLU(),
+        torch.nn.Sigmoid(), torch.nn.Linear(4, 3)), 8, 8).eval(), images32(0, 50)
+    path = export_qcdq(model, x, tmp_path / "m.onnx")
+    changed(path, scale_all_by(2))
+    result = verify(path, model, x, executors=("onnxruntime", ))
+    assert not result.agrees and "rounding errors of Sigmoid are not known" in str(result)
 
 
 def test_a_wrong_quantizer_is_seen_in_the_integers_alone(exported):
@@ -106,7 +175,6 @@ def test_modes_are_kept_and_training_does_not_matter(exported):
 
 
 def test_a_model_without_activation_quantizers_has_no_integers(tmp_path):
-    from granq_plugin import quantize
     model = quantize(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3)), act_bit_width=None).eval()
     path = export_qcdq(model, images32(0), tmp_path / "m.onnx")
     agreement, = verify(path, model, images32(0), executors=("onnxruntime", )).agreements

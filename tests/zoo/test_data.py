@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,6 +87,24 @@ def test_subset_is_drawn_by_seed_without_replacement():
     assert torch.equal(subset.images[:, 0, 0, 0].long(), subset.labels)
     assert not torch.equal(subset.labels, data.subset(20, seed=1).labels)
     assert len(data.subset(99)) == 50
+
+
+def test_an_interrupted_download_leaves_nothing(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("torchvision.datasets", reason="torchvision (zoo extra) is not installed")
+
+    class Broken:
+        def __init__(self, root, train=True, download=False):
+            assert download
+            (Path(root) / "cifar-10-batches-py").mkdir()
+            (Path(root) / "cifar-10-python.tar.gz").write_bytes(b"half")
+            raise error
+    monkeypatch.setattr(datasets, "CIFAR10", Broken)
+    for error, expected in ((OSError("connection reset"), OSError), (KeyboardInterrupt(), KeyboardInterrupt)):  # noqa: B007
+        with pytest.raises(expected):
+            load_images(tmp_path, "cifar10", download=True)
+        assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError, match="--download fetches it"):
+        load_images(tmp_path, "cifar10")
 
 
 def test_digits_are_split_once_and_for_all():

@@ -1,13 +1,18 @@
 """Accuracy counts against a count by hand, and the published accuracy on real data."""
 
+import datetime
+import math
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 
 import zoo
 from zoo.card import Preprocessing
 from zoo.data import ImageSet, load_images
-from zoo.evaluate import evaluate, input_batches
+from zoo.evaluate import evaluate, input_batches, wilson_interval
 from zoo.weights import load_weights
 
 PREPROCESSING = Preprocessing(2, (0.1, 0.2, 0.3), (0.5, 0.4, 0.2))
@@ -53,3 +58,39 @@ def test_the_published_network_reaches_its_accuracy_on_real_images(data_dir):
     test_set = load_images(data_dir, "cifar10")
     first = ImageSet(test_set.images[:1000], test_set.labels[:1000], test_set.source)
     assert 900 <= evaluate(model, first, card.preprocessing).correct <= 935
+
+
+@pytest.mark.parametrize("correct, total", [(9173, 10000), (1, 500), (499, 500), (250, 500), (0, 7), (7, 7)])
+def test_interval_ends_are_the_proportions_that_the_count_is_just_compatible_with(correct, total):
+    low, high = (end / 100 for end in wilson_interval(correct, total))
+    for end in (low, high):
+        distance = abs(correct / total - end)
+        assert distance == pytest.approx(1.959963984540054 * math.sqrt(end * (1 - end) / total), rel=1e-9, abs=1e-7)
+    assert 0 <= low <= correct / total <= high <= 1
+
+
+def linear_network():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
+
+
+def labels():
+    return torch.randint(0, 8, (23, ), generator=torch.Generator().manual_seed(1))
+
+
+def count_on_a_rank(rank, folder):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=300))
+    try:
+        data = ImageSet(images(), labels(), "memory")
+        result = evaluate(linear_network(), data, PREPROCESSING, 5, distributed=True)
+        torch.save((result.correct, result.correct5, result.total), f"{folder}/rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ranks_share_the_images_and_add_up(tmp_path):
+    mp.spawn(count_on_a_rank, (str(tmp_path), ), nprocs=2)
+    alone = evaluate(linear_network(), ImageSet(images(), labels(), "memory"), PREPROCESSING, 5)
+    for rank in range(2):
+        assert torch.load(tmp_path / f"rank{rank}.pt") == (alone.correct, alone.correct5, alone.total)

@@ -1,11 +1,13 @@
 """Students are described, built, trained and found again."""
 
 import json
+import sys
 
 import pytest
 import torch
 
 from granq_plugin.cli import run as granq
+from granq_plugin.deploy import bake, clear_ties
 from zoo.registry import get_card
 from zoo.students import ACTIVATIONS, Student, calibrated_network, calibrator, load_run
 
@@ -43,6 +45,21 @@ def test_a_run_is_found_again(runs, kind):
     assert names or kind == "folded"
     for name in names:
         assert torch.equal(dict(network.state_dict())[name], checkpoint["student"][name]), name
+
+
+def test_what_is_deployed_is_what_was_trained_cleared_of_ties(runs):
+    student, network, _ = load_run(runs / "folded")
+    trained = student.build(get_card(NAME).build(), lambda prepared: calibrated_network(runs / "folded"))
+    trained.load_state_dict(torch.load(runs / "folded" / "checkpoint.pt", weights_only=True)["student"])
+    deployed = student.deployed(trained)
+    assert deployed.state_dict().keys() == network.state_dict().keys()
+    assert all(torch.equal(v, network.state_dict()[k]) for k, v in deployed.state_dict().items() if isinstance(v, torch.Tensor))
+    cleared, layers = clear_ties(bake(trained), student.example_input())
+    assert min(layer.margin for layer in layers) > 1e-6 > min(layer.margin_before for layer in layers)
+    with torch.no_grad():
+        x = torch.randn(2, 3, 32, 32)
+        assert torch.equal(cleared(x), network(x))
+    assert load_run(runs / "static")[0].deployed(network) is network
 
 
 def test_a_damaged_student_is_refused(runs, tmp_path):
@@ -89,14 +106,27 @@ def test_folded_students_need_ranges():
     assert torch.isfinite(network.eval()(torch.randn(1, 3, 32, 32))).all()
 
 
-def test_export_verify_and_report(runs, tmp_path, capsys, data_dir):
+def test_export_verify_and_report(runs, tmp_path, capsys, monkeypatch, data_dir):
     """The commands, on the folded run: exported in every format, equal to torch, counted."""
     for file_format in ("qonnx", "qcdq", "finn"):
         file = tmp_path / f"{file_format}.onnx"
         assert granq(["export", str(runs / "folded"), "--format", file_format, "--out", str(file)]) == 0
         assert granq(["verify", str(file), "--model", str(runs / "folded"), "--data", str(data_dir), "--count", "4",
                       "--executor", "onnxruntime"]) == 0
-    capsys.readouterr()
+    assert "same top-1 4" in capsys.readouterr().out
+    verify = ["verify", str(file), "--data", str(data_dir), "--count", "4", "--executor"]
+    assert granq([*verify, "onnxruntime", "--model", str(runs / "static")]) in (1, 2)  # another run's network
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "hls4ml", None)
+        assert granq([*verify, "hls4ml", "--model", str(runs / "folded")]) == 2
+    assert "the package hls4ml is missing: pip install 'granq-plugin[hls]'" in capsys.readouterr().err
+    content = file.read_bytes()
+    changed = content.replace(b"conv1", b"conv2", 1)
+    for damaged, message in ((content[:-100], "not a readable ONNX model"), (changed, "was changed")):
+        (tmp_path / "damaged.onnx").write_bytes(damaged)
+        arguments = ["verify", str(tmp_path / "damaged.onnx"), *verify[2:], "onnxruntime", "--model", str(runs / "folded")]
+        assert granq(arguments) == 2
+        assert message in capsys.readouterr().err
     assert granq(["report", str(tmp_path / "qcdq.onnx")]) == 0
     out = capsys.readouterr().out
     assert "40,813,184" in out and "at float32" in out
@@ -110,6 +140,7 @@ def test_export_verify_and_report(runs, tmp_path, capsys, data_dir):
     (["export", "{static}", "--format", "finn", "--out", "{tmp}/x.onnx"], "fold"),
     (["export", "{tmp}", "--format", "qcdq", "--out", "{tmp}/x.onnx"], "holds no finished run"),
     (["export", "{static}", "--format", "qcdq", "--out", "{tmp}/no/x.onnx"], "its folder does not exist"),
+    (["export", "{folded}", "--format", "finn", "--out", "/proc/x.onnx"], "cannot write"),
     (["export", "{static}", "--format", "qcdq", "--top-k", "1", "--out", "{tmp}/x.onnx"], "--top-k needs --format finn"),
     (["export", "{folded}", "--format", "finn", "--dynamo", "--out", "{tmp}/x.onnx"], "older exporter"),
     (["report", "{tmp}/none.onnx"], "does not exist"),

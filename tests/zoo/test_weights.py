@@ -1,6 +1,7 @@
 """Reading weights of other projects: layouts, refusals, all or nothing."""
 
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -76,3 +77,46 @@ def test_missing_or_truncated(tmp_path):
 def test_sha256_of_a_known_string(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
     assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def in_pytorchcv_s_words(name, init):
+    """The inverse of the loader's renaming, written by hand from pytorchcv's modules."""
+    parts = name.split(".")
+    if parts[0] in ("conv1", "bn1"):
+        return ".".join(["features", *init, parts[0][:-1], *parts[1:]])
+    if parts[0] in ("linear", "fc"):
+        return f"output.{parts[1]}"
+    unit = f"features.stage{parts[0][-1]}.unit{int(parts[1]) + 1}"
+    if parts[2] in ("shortcut", "downsample"):
+        return f"{unit}.identity_conv.{'conv' if parts[3] == '0' else 'bn'}.{parts[4]}"
+    kind, number = parts[2][:-1], parts[2][-1]
+    return f"{unit}.body.conv{number}.{kind}.{parts[3]}"
+
+
+def in_chenyaofo_s_words(name):
+    return name.replace("shortcut.", "downsample.").replace("linear.", "fc.")
+
+
+@pytest.mark.parametrize("architecture", ["resnet20", "torchvision's"])
+@pytest.mark.parametrize("layout", ["own", "chenyaofo", "pytorchcv"])
+def test_layouts_of_other_collections(tmp_path, architecture, layout):
+    if architecture == "resnet20":
+        from zoo.models.cifar_resnet import resnet20 as build
+    else:
+        resnet = pytest.importorskip("torchvision.models.resnet", reason="torchvision (zoo extra) is not installed")
+        build = partial(resnet.ResNet, resnet.Bottleneck, [1, 1, 1, 2])
+    torch.manual_seed(1)
+    source = build(num_classes=7)
+    init = ["init_block"] if architecture == "resnet20" else ["init_block", "conv"]
+    name = dict(own=str, chenyaofo=in_chenyaofo_s_words, pytorchcv=lambda n: in_pytorchcv_s_words(n, init))[layout]
+    torch.save({name(k): v for k, v in source.state_dict().items()}, tmp_path / "w.pt")
+    target = build(num_classes=7)
+    load_weights(target, tmp_path / "w.pt")
+    assert equal(target, source)
+
+
+def test_padding_shortcuts_do_not_take_the_weights_of_convolutions(tmp_path):
+    from zoo.models.cifar_resnet import resnet20
+    torch.save(resnet20(shortcut="B").state_dict(), tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="not of this network .first: layer2.0.shortcut.0.weight"):
+        load_weights(resnet20(shortcut="A"), tmp_path / "w.pt")

@@ -14,7 +14,7 @@ from torch import nn
 
 from granq_plugin import __version__
 from granq_plugin.atomic import write_text
-from granq_plugin.deploy import check_finn, clear_ties, export_finn, fold
+from granq_plugin.deploy import check_finn, export_finn, fold
 from granq_plugin.export import export_qonnx, verify
 from granq_plugin.export import report as costs_of
 from granq_plugin.zero_shot import ZeroShotConfig, preset
@@ -109,7 +109,7 @@ def run_demo(
     trained("folded", "folded, for FPGAs", from_images, images, images_digest)
     static = calibrated_network(out / "folded")
     measured("folded_before", fold(static, card.example_input()).eval())
-    deployed, cleared = clear_ties(load_run(out / "folded")[1], card.example_input())
+    deployed = load_run(out / "folded")[1]
     measured("folded", deployed)
 
     name = f"{card.dataset}_{bits.lower()}"
@@ -133,7 +133,6 @@ def run_demo(
         verification=[dict(file=Path(v.path).name, agrees=v.agrees, rtol=v.rtol, executors=[asdict(a) for a in v.agreements])
                       for v in verifications],
         finn=[dict(rule=r.rule, node=r.node, passed=r.passed, message=r.message) for r in rules],
-        largest_tie_shift=max(layer.largest_shift for layer in cleared),
         costs=dict(network=costs.totals(), at_8_bits=costs.totals(8), at_float32=costs.totals(32)),
         training=dict(iterations=config.total_iterations, batch_size=config.batch_size, seed=config.seed,
                       synthetic_images=len(images), agreement=result.metrics[-1]["agreement"]),

@@ -1,0 +1,388 @@
+"""The kernels give the bits of torch's operations, and step aside wherever something looks at those operations."""
+
+import copy
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import brevitas.nn as qnn
+import pytest
+import torch
+import torch.nn.functional as F
+from brevitas.core.function_wrapper import Identity
+from brevitas.core.quant import IntQuant
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import oracles
+from granq_plugin import GranQActPerChannel, GranQActPerChannelStatic, kernels
+from granq_plugin import functional as GF
+from granq_plugin.kernels import Before, native
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+BEFORE = st.sampled_from([
+    Before(), Before(relu=True), Before(relu=True, max_val=6.0), Before(min_val=-0.5, max_val=0.7), Before(min_val=0.2),
+    Before(relu=True, min_val=0.2), Before(max_val=-0.1), Before(min_val=1.0, max_val=-1.0)])
+needs_compiler = pytest.mark.skipif(
+    kernels.why_not_compiled() is not None, reason=f"the kernel cannot be built: {kernels.why_not_compiled()}")
+
+
+@pytest.fixture(autouse=True)
+def _not_forced(monkeypatch):
+    monkeypatch.delenv("GRANQ_KERNEL", raising=False)
+
+
+def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """As oracles.assert_equal, and signs of zero and memory format too."""
+    oracles.assert_equal(actual, expected)
+    assert actual.stride() == expected.stride()
+    differs = torch.signbit(actual) != torch.signbit(expected)
+    assert not (differs & ~actual.isnan()).any()
+
+
+@st.composite
+def tensors(draw, dtypes=DTYPES):
+    """``(x, incoming gradient)`` of any layout the kernels know: rows shorter and longer than a vector, few and many channels."""
+    spatial = draw(st.sampled_from([(), (1, ), (7, ), (300, ), (1, 1), (3, 3), (8, 8), (7, 9), (2, 3, 4)]))
+    shape = (draw(st.integers(1, 3)), draw(st.sampled_from([1, 3, 16, 17, 40])), *spatial)
+    x = torch.from_numpy(draw(oracles.values(shape)))
+    poison = draw(st.sampled_from([None, None, float("nan"), float("inf"), -float("inf"), -0.0]))
+    if poison is not None:
+        x.view(-1)[::draw(st.sampled_from([1, 5, 1000]))] = poison
+    x = x.to(draw(st.sampled_from(dtypes)))
+    if len(shape) > 3 and draw(st.booleans()):
+        x = x.contiguous(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d)
+    return x, torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(x.dtype)
+
+
+def compare(compiled, eager, leaves: tuple, incoming: torch.Tensor) -> None:
+    """Outputs and the gradients of all leaves, bit for bit."""
+    results = []
+    for function in (compiled, eager):
+        fresh = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+        outputs = function(*fresh)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs, )
+        results.append((outputs, torch.autograd.grad(outputs[0], fresh, incoming)))
+    for a, b in zip(results[0][0], results[1][0]):
+        assert_same_bits(a, b)
+    for a, b in zip(results[0][1], results[1][1]):
+        oracles.assert_equal(a, b)
+
+
+@needs_compiler
+class TestCompiled:
+
+    @given(tensors(), oracles.BIT_WIDTHS, BEFORE)
+    @settings(max_examples=150)
+    def test_granq(self, drawn, bit_width, before):
+        x, incoming = drawn
+        assert kernels.backend(x) == "compiled"
+        compare(lambda t: kernels.granq(t, bit_width, 1, before), lambda t: GF.granq(before.apply(t), bit_width), (x, ), incoming)
+        with torch.no_grad():
+            assert_same_bits(kernels.granq(x, bit_width, 1, before).value, GF.granq(before.apply(x), bit_width).value)
+
+    @given(tensors([torch.float32, torch.bfloat16, torch.float64]), oracles.BIT_WIDTHS, BEFORE)
+    @settings(max_examples=60)
+    def test_granq_batch_norm(self, drawn, bit_width, before):
+        x, incoming = drawn
+        if x.dim() < 3:
+            return
+        wide = torch.promote_types(x.dtype, torch.float32)
+        mean, weight, bias = torch.randn(3, x.shape[1], dtype=wide)
+        var = torch.rand(x.shape[1], dtype=wide) + 0.1
+
+        def eager(x, weight, bias):
+            return GF.granq(before.apply(F.batch_norm(x, mean, var, weight, bias, False, 0.0, 1e-5)), bit_width)
+
+        y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, 1e-5)
+        fused = kernels.granq_batch_norm(x, mean, var, None, None, 1e-5, bit_width, before)
+        assert fused.value.shape == x.shape and fused.value.dtype == x.dtype
+        if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and not y.isnan().any():
+            compare(lambda *t: kernels.granq_batch_norm(t[0], mean, var, *t[1:], 1e-5, bit_width, before), eager,
+                    (x, weight, bias), incoming)
+
+    def test_granq_batch_norm_gradients_numerically(self):
+        """Where the quantizer changes nothing (16 bits, identity gradient), autograd's numbers are those of BatchNorm + ReLU."""
+        x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+        mean, var = torch.randn(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64) + 0.5
+        weight, bias = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        incoming = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+
+        def gradients(*leaves):
+            y = kernels.granq_batch_norm(leaves[0], mean, var, *leaves[1:], 1e-5, 16).value
+            return torch.autograd.grad(y, leaves, incoming)
+
+        expected = torch.autograd.grad(F.relu(F.batch_norm(x, mean, var, weight, bias, False, 0.0, 1e-5)), (x, weight, bias), incoming)
+        for a, b in zip(gradients(x, weight, bias), expected):
+            oracles.assert_equal(a, b)
+        assert torch.autograd.gradcheck(
+            lambda *t: F.relu(F.batch_norm(t[0], mean, var, *t[1:], False, 0.0, 1e-5)), (x, weight, bias))
+
+    @given(tensors(), st.sampled_from([2, 3, 4, 8]), BEFORE, st.booleans(), st.booleans())
+    @settings(max_examples=150)
+    def test_affine_quantize_is_brevitas_int_quant(self, drawn, bit_width, before, signed, narrow):
+        x, incoming = drawn
+        narrow = narrow and signed
+        axes = [d for d in range(x.dim()) if d != 1]
+        ends = torch.randn(2, *(1 if d in axes else n for d, n in enumerate(x.shape))).to(
+            torch.promote_types(x.dtype, torch.float32)).sort(0).values
+        scale, zero_point = GF.affine_params(*ends, bit_width, signed)
+        limits = GF.integer_limits(bit_width, signed, narrow)
+        int_quant = IntQuant(narrow_range=narrow, signed=signed, input_view_impl=Identity())
+
+        def stock(t):
+            return int_quant(scale, zero_point, torch.tensor(float(bit_width)), before.apply(t)).to(t.dtype)
+
+        compare(lambda t: kernels.affine_quantize(t, scale, zero_point, limits, 1, before), stock, (x, ), incoming)
+        compare(lambda t: GF.affine_quantize(before.apply(t), scale, zero_point, limits), stock, (x, ), incoming)
+        if torch.isfinite(x).all():
+            integers = GF.quantize_to_integers(before.apply(x), scale, zero_point, bit_width, signed, narrow)
+            assert integers.dtype == (torch.int8 if signed else torch.uint8)
+            value = kernels.affine_quantize(x, scale, zero_point, limits, 1, before)
+            oracles.assert_equal(((integers - zero_point) * scale).to(x.dtype), value)
+
+    def test_gradient_of_granq_alone_is_the_incoming_tensor(self):
+        """No copy is made."""
+        x = torch.randn(2, 3, 8, 8, requires_grad=True)
+        incoming = torch.randn(2, 3, 8, 8)
+        assert torch.autograd.grad(kernels.granq(x, 4).value, x, incoming)[0].data_ptr() == incoming.data_ptr()
+
+    def test_second_derivative(self):
+        x = torch.randn(2, 3, 5, 5, requires_grad=True)
+        results = []
+        for y in (kernels.granq(x, 4, 1, Before(relu=True)).value, GF.granq(x.relu(), 4).value):
+            grad, = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+            results.append(torch.autograd.grad(grad.sum(), x)[0])
+        oracles.assert_equal(*results)
+
+    def test_any_number_of_threads(self):
+        x = torch.randn(8, 24, 33, 33)
+        expected = GF.granq(x, 4).value
+        threads = torch.get_num_threads()
+        try:
+            for n in (1, 2, 3):
+                torch.set_num_threads(n)
+                for t in (x, x.contiguous(memory_format=torch.channels_last)):
+                    oracles.assert_equal(kernels.granq(t, 4).value, expected)
+        finally:
+            torch.set_num_threads(threads)
+
+
+class TestSteppingAside:
+
+    def test_layouts_of_no_kernel(self):
+        x = torch.randn(2, 4, 6, 8)
+        for t, axis in ((x[..., ::2], 1), (x, 2), (torch.zeros(0, 3, 2, 2), 1), (x.to("meta"), 1), (x.to_sparse(), 1)):
+            assert kernels.backend(t, axis) == "eager"
+        oracles.assert_equal(kernels.granq(x[..., ::2], 3).value, GF.granq(x[..., ::2], 3).value)
+        oracles.assert_equal(kernels.granq(x, 3, 2).value, GF.granq(x, 3, 2).value)
+
+    def test_observers_see_torch_operations(self):
+        x = torch.randn(2, 3, 4, 4)
+        graph = make_fx(lambda t: kernels.granq(t, 3).value)(x)
+        assert any("round" in str(n.target) for n in graph.graph.nodes)
+        with warnings.catch_warnings():  # of the check for an empty batch, which becomes a constant
+            warnings.simplefilter("ignore")
+            traced = torch.jit.trace(lambda t: kernels.granq(t, 3).value, x)
+        oracles.assert_equal(traced(2 * x), GF.granq(2 * x, 3).value)
+        mapped = torch.func.vmap(lambda t: kernels.granq(t, 3).value)(torch.stack([x, 2 * x]))
+        oracles.assert_equal(mapped[1], GF.granq(2 * x, 3).value)
+        program = torch.export.export(qnn.QuantReLU(GranQActPerChannel, bit_width=3).eval(), (x, ))
+        assert any("round" in str(n.target) for n in program.graph.nodes)
+
+    @pytest.mark.parametrize("quantizer", [GranQActPerChannel, GranQActPerChannelStatic])
+    @pytest.mark.parametrize("limit", [None, 0.5])
+    def test_hooks_see_what_lies_between(self, quantizer, limit):
+        options = {} if limit is None else dict(max_val=limit)
+        act = qnn.QuantReLU(quantizer, bit_width=3, **options)
+        x = torch.randn(2, 3, 4, 4)
+        for _ in range(2):
+            act(x)
+        act.eval()
+        if quantizer is GranQActPerChannelStatic:
+            act.act_quant.fused_activation_quant_proxy.tensor_quant.init_scale()
+        expected, seen = act(x), []
+        twin = copy.deepcopy(act)
+        twin.act_quant.fused_activation_quant_proxy.activation_impl.register_forward_hook(lambda m, a, y: seen.append(y))
+        oracles.assert_equal(twin(x), expected)
+        oracles.assert_equal(seen[0], torch.relu(x))
+
+    def test_static_integers(self):
+        act = qnn.QuantReLU(GranQActPerChannelStatic, bit_width=4)
+        quantizer, x = act.act_quant.fused_activation_quant_proxy.tensor_quant, torch.randn(2, 3, 4, 4)
+        with pytest.raises(RuntimeError, match="not frozen"):
+            quantizer.quantize_to_integers(x)
+        act(x)
+        quantizer.init_scale()
+        integers = quantizer.quantize_to_integers(torch.relu(2 * x))
+        assert integers.dtype == torch.uint8 and integers.max() == 15
+        oracles.assert_equal((integers - act.act_quant.zero_point()) * act.act_quant.scale(), act.eval()(2 * x))
+        with pytest.raises(ValueError, match="1 NaN or Inf"):
+            quantizer.quantize_to_integers(torch.full((1, 3, 1, 1), 1.0).index_fill(1, torch.tensor([0]), float("nan")))
+
+
+class TestForcing:
+
+    def test_bad_name(self, monkeypatch):
+        monkeypatch.setenv("GRANQ_KERNEL", "fast")
+        with pytest.raises(ValueError, match="one of eager, compiled, triton, got 'fast'"):
+            kernels.granq(torch.randn(1, 2, 3), 4)
+
+    def test_eager(self, monkeypatch):
+        monkeypatch.setenv("GRANQ_KERNEL", "eager")
+        assert kernels.backend(torch.randn(1, 2, 3)) == "eager"
+
+    def test_triton_without_gpu(self, monkeypatch):
+        monkeypatch.setenv("GRANQ_KERNEL", "triton")
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        with pytest.raises(RuntimeError, match="GRANQ_KERNEL=triton, but: Triton runs on a GPU, and x is on cpu"):
+            kernels.granq(torch.randn(1, 2, 3), 4)
+
+    @pytest.mark.parametrize("broken", ["compiler", "flags", "folder", "shared"])
+    def test_without_a_kernel(self, monkeypatch, tmp_path, broken):
+        """Eager results, and a reason that can be asked for; forced, an error that gives it."""
+        folder, reason = tmp_path / "cache", {
+            "compiler": "no C\\+\\+ compiler", "flags": "failed", "folder": "Error", "shared": "other users"}[broken]
+        if broken == "compiler":
+            monkeypatch.setenv("PATH", str(tmp_path))
+        elif broken == "flags":
+            monkeypatch.setattr(native, "FLAGS", ("--no-such-flag", ))
+        elif broken == "folder":
+            folder.write_text("a file")
+        else:
+            (folder / "granq-plugin").mkdir(parents=True)
+            (folder / "granq-plugin").chmod(0o777)
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+        native._built.cache_clear()
+        try:
+            x = torch.randn(2, 3, 4, 4)
+            assert kernels.backend(x) == "eager"
+            oracles.assert_equal(kernels.granq(x, 4).value, oracles.granq_tensor(x, 4))
+            with pytest.raises(AssertionError, match=reason):
+                raise AssertionError(kernels.why_not_compiled())
+            monkeypatch.setenv("GRANQ_KERNEL", "compiled")
+            with pytest.raises(RuntimeError, match=f"GRANQ_KERNEL=compiled, but: .*{reason}"):
+                kernels.granq(x, 4)
+        finally:
+            native._built.cache_clear()
+
+
+def run_python(code: str, **env: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | dict(PYTHONPATH=str(Path(__file__).parent.parent)) | env,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+@needs_compiler
+def test_nothing_is_built_or_imported_before_use(tmp_path):
+    """A fresh cache: empty after the import, a library of the user's own after the first forward."""
+    out = run_python(
+        "import sys, torch, granq_plugin, os; from granq_plugin import kernels\n"
+        "print(os.path.exists(os.environ['XDG_CACHE_HOME'] + '/granq-plugin'), 'triton' in sys.modules and "
+        "'granq_plugin.kernels.triton_kernel' in sys.modules)\n"
+        "print(kernels.backend(torch.randn(1, 2, 40)))", XDG_CACHE_HOME=str(tmp_path))
+    assert out.split() == ["False", "False", "compiled"]
+    folder = tmp_path / "granq-plugin"
+    assert folder.stat().st_mode & 0o777 == 0o700 and [p.suffix for p in folder.iterdir()] == [".so"]
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_forked_process():
+    """After a parallel run in the parent, whose threads the child does not have."""
+    out = run_python(
+        "import os, torch; from granq_plugin import functional as GF, kernels\n"
+        "torch.set_num_threads(2); x = torch.randn(8, 16, 64, 64); expected = GF.granq(x, 4).value\n"
+        "assert torch.equal(kernels.granq(x, 4).value, expected)\n"
+        "pid = os.fork()\n"
+        "if not pid:\n"
+        "    os._exit(0 if torch.equal(kernels.granq(x, 4).value, kernels.granq(x.clone(), 4).value) else 1)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))")
+    assert out.split() == ["0"]
+
+
+_TRITON = """
+import torch
+from granq_plugin import functional as GF, kernels
+import oracles
+from granq_plugin.kernels import Before, triton_kernel
+torch.manual_seed(0)
+triton_kernel.LONGEST_ROW, triton_kernel._TILE = 64, 32  # so that small tensors take both ways
+cl = torch.channels_last
+cases = [(s, f, d, b, p) for s, f in (((2, 3, 5, 5), None), ((1, 33, 3, 5), cl), ((1, 2, 90), None), ((3, 7), None))
+         for d in (torch.float32, torch.bfloat16, torch.float16)
+         for b, p in ((Before(), None), (Before(True, None, 0.9), None), (Before(True), float("nan")), (Before(), float("-inf")))]
+for shape, memory_format, dtype, before, poison in cases:
+    x = torch.randn(shape)
+    if poison is not None:
+        x.view(-1)[3] = poison
+    x = x.to(dtype).contiguous(memory_format=memory_format or torch.contiguous_format)
+    assert kernels.backend(x) == "triton"
+    a, b = (x.clone().requires_grad_() for _ in range(2))
+    actual, expected = kernels.granq(a, 4, 1, before), GF.granq(before.apply(b), 4)
+    for p, q in zip(actual, expected):
+        oracles.assert_equal(p, q)
+    incoming = torch.randn(shape).to(dtype)
+    actual.value.backward(incoming), expected.value.backward(incoming)
+    oracles.assert_equal(a.grad, b.grad)
+print(len(cases))
+"""
+
+
+def test_triton_in_its_interpreter():
+    """Rows on chip and in two passes, channels_last, rows of a matrix, all dtypes, NaN and Inf: equal to torch's operations."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    assert run_python(_TRITON, TRITON_INTERPRET="1", GRANQ_KERNEL="triton").split()[-1] == "48"
+
+
+def test_triton_compiles_for_a_gpu_without_fused_operations():
+    """To PTX, which needs no GPU: divisions round correctly and nothing is contracted."""
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from granq_plugin.kernels.triton_kernel import _granq
+    pointers = dict.fromkeys(("x_ptr", "y_ptr", "scale_ptr", "zero_point_ptr"), "*fp32") | dict(mask_ptr="*i8")
+    constants = dict(CLAMP=True, MASK=True, NARROW=False, ROWS=4, BLOCK=1024, ONE_BLOCK=True)
+    integers = dict.fromkeys(("channels", "row_stride", "sample_stride", "step", "n", "tiles", "nan_passes"), "i32")
+    signature = {name: pointers.get(name) or integers.get(name) or ("constexpr" if name in constants else "fp32")
+                 for name in _granq.arg_names}
+    ptx = triton.compile(ASTSource(_granq, signature, constants), target=GPUTarget("cuda", 80, 32),
+                         options=dict(enable_fp_fusion=False)).asm["ptx"]
+    assert "div.rn.f32" in ptx and "fma" not in ptx and "div.full" not in ptx
+
+
+class TestInNetworks:
+
+    @needs_compiler
+    def test_memory_of_the_backward(self):
+        """ReLU + GranQ keep a bit of each value: nothing of the size of the tensor is saved."""
+        x = torch.randn(4, 8, 16, 16, requires_grad=True)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            y = qnn.QuantReLU(GranQActPerChannel, bit_width=4)(x)
+        assert not saved and y.grad_fn.mask.numel() * 8 == x.numel()
+
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    def test_a_step_of_training_is_the_same_without_kernels(self, monkeypatch, memory_format):
+        grads = []
+        for name in ("eager", ""):
+            monkeypatch.setenv("GRANQ_KERNEL", name)
+            torch.manual_seed(0)
+            net = nn.Sequential(
+                qnn.QuantConv2d(3, 8, 3, weight_quant=None), nn.BatchNorm2d(8), qnn.QuantReLU(GranQActPerChannel, bit_width=3),
+                qnn.QuantReLU(GranQActPerChannelStatic, bit_width=3, collect_stats_steps=1)).to(memory_format=memory_format)
+            x = torch.randn(4, 3, 9, 9).contiguous(memory_format=memory_format)
+            for _ in range(3):
+                net.zero_grad()
+                net(x).square().sum().backward()
+            grads.append([p.grad for p in net.parameters()])
+        for a, b in zip(*grads):
+            oracles.assert_equal(a, b)

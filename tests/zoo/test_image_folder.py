@@ -1,0 +1,93 @@
+"""Image files in class folders: labels, sizes, and the transforms of torchvision's weights."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from zoo.card import Card, Preprocessing
+from zoo.data import load_images
+from zoo.image_folder import read_folder
+
+Image = pytest.importorskip("PIL.Image", reason="Pillow (with torchvision, zoo extra) is not installed")
+pytest.importorskip("torchvision", reason="torchvision (zoo extra) is not installed")
+PREPROCESSING = Preprocessing(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), resize=10)
+CARD = Card("c", "a:b", "flowers", 3, PREPROCESSING)
+
+
+def fill(folder, names, per_class=2, size=(12, 9), suffix=".png", seed=0):
+    rng = np.random.default_rng(seed)
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for i in range(per_class):
+            Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / name / f"{i}{suffix}")
+    return folder
+
+
+def test_names_that_are_numbers_are_class_ids(tmp_path):
+    data = read_folder(fill(tmp_path, ["2", "0", "10"]), PREPROCESSING, 11)
+    assert data.labels.tolist() == [0, 0, 2, 2, 10, 10] and [f.parent.name for f in data.files[::2]] == ["0", "2", "10"]
+    with pytest.raises(ValueError, match="class folder '10' .* out of range: classes are 0 to 9"):
+        read_folder(tmp_path, PREPROCESSING, 10)
+
+
+def test_other_names_are_classes_in_sorted_order(tmp_path):
+    data = read_folder(fill(tmp_path, ["n02", "n01", "n10"]), PREPROCESSING, 3)
+    assert data.labels.tolist() == [0, 0, 1, 1, 2, 2] and data.files[2].parent.name == "n02"
+    with pytest.raises(ValueError, match="has 3 class folders, the network has 4 classes"):
+        read_folder(tmp_path, PREPROCESSING, 4)
+
+
+def test_pixels_are_those_of_torchvision_s_transforms(tmp_path):
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
+    fill(tmp_path, ["0", "1"], size=(23, 31))
+    for interpolation in ("bilinear", "bicubic"):
+        preprocessing = dataclasses.replace(PREPROCESSING, interpolation=interpolation)
+        data = read_folder(tmp_path, preprocessing, 2)
+        transforms = Compose([Resize(10, InterpolationMode(interpolation)), CenterCrop(8), PILToTensor()])
+        expected = torch.stack([transforms(Image.open(f).convert("RGB")) for f in data.files])
+        assert torch.equal(data.images, expected)
+        assert preprocessing(data.images).shape == (4, 3, 8, 8)
+
+
+def test_squares_that_were_resized_before_are_cropped(tmp_path):
+    data = read_folder(fill(tmp_path / "val", ["0"], size=(9, 9)), PREPROCESSING, 1)
+    assert torch.equal(data.images[0], torch.from_numpy(np.array(Image.open(data.files[0])))[:8, :8].permute(2, 0, 1))
+    assert data.description.endswith("val, centre crop of 9x9")
+
+
+def test_batches_are_shared_without_loss(tmp_path):
+    data = read_folder(fill(tmp_path, ["0", "1", "2"], per_class=3), PREPROCESSING, 3)
+    whole = list(data.batches(2))
+    assert [len(y) for _, y in whole] == [2, 2, 2, 2, 1] and torch.equal(torch.cat([x for x, _ in whole]), data.images)
+    ranks = [list(data.batches(2, rank, 2)) for rank in range(2)]
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(ranks[0] + ranks[1], whole[::2] + whole[1::2]))
+    assert list(data.batches(2, 7, 8)) == []
+    subset = data.subset(4)
+    assert len(subset) == 4 and subset.files == data.subset(4).files and len(set(subset.files)) == 4
+
+
+@pytest.mark.parametrize("place", ["flowers/test", "flowers/val", "test", "val", "flowers/val500", "."])
+def test_places_that_are_looked_into(tmp_path, place):
+    fill(tmp_path / place, ["a", "b", "c"])
+    assert load_images(tmp_path, "flowers", card=CARD).source == str(tmp_path / place)
+
+
+def test_nothing_found_lists_the_places(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no flowers test images .* looked for: .*flowers/test.npz, .*"
+                                                r"/flowers/test/CLASS/\*, .*/val/CLASS/\*, .*/flowers/val\*/CLASS/\*"):
+        load_images(tmp_path, "flowers", card=CARD)
+    with pytest.raises(FileNotFoundError, match="holds no class folders"):
+        read_folder(tmp_path, PREPROCESSING, 3)
+    with pytest.raises(ValueError, match="flowers cannot be downloaded"):
+        load_images(tmp_path, "flowers", card=CARD, download=True)
+
+
+def test_bad_images_are_named(tmp_path):
+    fill(tmp_path, ["0"], size=(5, 40))
+    with pytest.raises(ValueError, match=r"0.png' is 5x40, the network takes 8x8"):
+        read_folder(tmp_path, dataclasses.replace(PREPROCESSING, resize=None), 1).images  # noqa: B018
+    (tmp_path / "0" / "0.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"0.png' is not a readable image"):
+        read_folder(tmp_path, PREPROCESSING, 1).images  # noqa: B018
