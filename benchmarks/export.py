@@ -180,9 +180,11 @@ def table(rows: list[dict], ladder_rows: list[dict], hls4ml_rows: list[dict]) ->
         of_key = [r for r in rows if (r["network"], r["kind"], r["bits"]) == key]
         close, top1 = (min(int(r[name]) for r in of_key) for name in ("close", "same_top1"))
         unequal = max(int(r["unequal_integers"]) for r in of_key)
-        distance, used = (max(float(r[name]) for r in of_key) for name in ("tie_distance", "bound_used"))
+        distance = max(float(r["tie_distance"]) for r in of_key)
+        used = max((float(r["bound_used"]) for r in of_key if r["bound_used"]), default=None)
         lines.append(f"| {key[0]} | {key[1]} | W{key[2]}A{key[2]} | {of_key[0]['images']} | {close} | {top1} | {unequal} of "
-                     f"{int(of_key[0]['integers']):,} | {f'{distance:.1g} steps | {used:.0%}' if unequal else '- | -'} |")
+                     f"{int(of_key[0]['integers']):,} | {f'{distance:.1g} steps' if unequal else '-'} | "
+                     f"{f'{used:.0%}' if unequal and used is not None else '-'} |")
     lines += ladder_table(ladder_rows)
     for r in hls4ml_rows:
         lines += ["", f"hls4ml (C simulation compiled with g++; the pooled head in onnxruntime), folded run `{r['run']}`, "

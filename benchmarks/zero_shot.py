@@ -2,6 +2,7 @@
 
     python -m benchmarks.zero_shot RUN_DIR...
 
+Rows of earlier runs stay unless a new one has the name of their log.
 Writes ``benchmarks/results/zero_shot.csv``, a log per run in ``benchmarks/results/zero_shot/``, the table in the README, and
 ``zero_shot.png``: accuracy against iterations, of the runs that were evaluated along the way (``--evaluate-every``). Every number
 is of the last epoch, on the whole test set.
@@ -91,6 +92,7 @@ def read_rows(path: Path = RESULTS / "zero_shot.csv") -> list[dict]:
 @click.argument("run_dirs", type=click.Path(path_type=Path, exists=True, file_okay=False), nargs=-1, required=True)
 def main(run_dirs: tuple[Path, ...]) -> None:
     rows = [row_of(run_dir) for run_dir in run_dirs]
+    rows += [r for r in read_rows() if r["log"] not in {new["log"] for new in rows}]
     rows.sort(key=lambda r: (r["network"], r["weights"] == "per-kernel", r["weights"], r["activations"], r["bits"]))
     LOGS.mkdir(parents=True, exist_ok=True)
     for run_dir in run_dirs:

@@ -63,19 +63,24 @@ def export(run_dir, file_format, out, top_k, dynamo, plot) -> None:
 def verify(file, run_dir, data, count, executors, batch_size) -> None:
     """Run an exported FILE and the torch network on the same images; exit code 1 unless they agree.
 
-    They agree if every activation's integers are equal, but for values on a rounding tie, and the outputs within 1e-5.
+    They agree if every activation's integers are equal, each layer given torch's activations, but for those that lie so near to a
+    rounding tie that float32 sums in another order explain them; and the outputs within 1e-5. hls4ml (extra hls; files of --format
+    finn; compiled with g++) has no such view: there every image's top-1 must be the same.
 
     \b
     Example:
       granq verify w4a4.onnx --model runs/w4a4 --data DIR
+      granq verify finn.onnx --model runs/folded --data DIR --executor hls4ml --count 100
     """
     import torch
     from tqdm import tqdm
     with input_errors():
         import zoo.data
         from granq_plugin.export import verify as verify_file
+        from granq_plugin.export.files import read_onnx
         from zoo.evaluate import input_batches
         from zoo.students import load_run
+        read_onnx(file)  # a damaged file is told before work starts
         student, network, _ = load_run(run_dir)
         chosen = zoo.data.load_images(data, student.card.dataset, card=student.card).subset(count)
         images = torch.cat(list(input_batches(chosen.images, student.card.preprocessing, 1000)))
