@@ -245,8 +245,8 @@ def plot_scaling(rows: list[dict], path: Path) -> None:
         ax.set_yscale("log")
         ax.set_xlabel(label)
     axes[0].set_ylabel("forward, ns per value")
-    axes[0].legend(loc="lower left", bbox_to_anchor=(0.0, 1.01), ncols=4)
-    fig.tight_layout()
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=4)
+    fig.tight_layout(rect=(0, 0, 1, 0.92))
     fig.savefig(path, dpi=120, format="png")
     plt.close(fig)
 

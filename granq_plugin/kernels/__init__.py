@@ -1,8 +1,9 @@
 """Fused versions of the quantizers of :mod:`granq_plugin.functional`: the same results, bit for bit, at the price of a copy.
 
 On CPU a small C++ kernel that the system's compiler builds on first use (:mod:`~granq_plugin.kernels.native`), on GPU a Triton
-kernel of the dynamic quantizer (:mod:`~granq_plugin.kernels.triton_kernel`). Everything else (layouts they do not
-know, tracing, export, vmap, ``torch.compile``, no compiler) runs the operations of ``functional``. The environment variable ``GRANQ_KERNEL`` forces one: "eager", "compiled" or "triton".
+kernel of the dynamic quantizer (:mod:`~granq_plugin.kernels.triton_kernel`). Everything else (layouts they do not know, tracing,
+export, vmap, ``torch.compile``, no compiler) runs the operations of ``functional``. The environment variable ``GRANQ_KERNEL``
+forces one: "eager", "compiled" or "triton".
 """
 
 import os
