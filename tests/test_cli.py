@@ -150,7 +150,7 @@ def test_digits_need_neither_data_nor_weights(tmp_path, capsys, monkeypatch):
     assert report["float_top1"] == pytest.approx(100 * card.results.correct / card.results.images)
     assert report["weights_sha256"] == card.weights.sha256 and report["images"] == 359
     few = ("epochs=2", "iterations=1", "warmup_epochs=1", "batch_size=4", "memory_size=8", "replay_steps=1")
-    code, out, err = run(["qat", card.name, "--out", tmp_path / "run", *(f"--set={s}" for s in few)], capsys)
+    code, _, err = run(["qat", card.name, "--out", tmp_path / "run", *(f"--set={s}" for s in few)], capsys)
     assert code == 0, err
     entries = json.loads((tmp_path / "run" / "run.json").read_text())
     assert entries["teacher_weights_sha256"] == card.weights.sha256 and entries["test_images"] == 359

@@ -29,7 +29,7 @@ def demo(out, weight_bits, act_bits) -> None:
     missing = [name.replace("sklearn", "scikit-learn") for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise click.ClickException(f"granq demo needs {', '.join(missing)}: pip install 'granq-plugin[demo]'")
-    click.echo("granq demo: some minutes on two cores; an interrupted demo goes on when it is started again", err=True)
+    click.echo("granq demo: two to three minutes; an interrupted demo goes on when it is started again", err=True)
     import torch
     from tqdm import tqdm
 
@@ -53,10 +53,10 @@ def _summary(report: dict, out: Path) -> str:
     lines = [f"\n{report['network']}, {report['test_images']} test images, which no training has seen"]
     for step in report["ladder"]:
         kept = "" if step["key"] == "float" else f"   {step['retention']:6.1%} of float"
-        lines.append(f"  {LABELS[step['key']].format(bits=report['bits']):38} {step['top1']:6.2f} %{kept}")
+        lines.append(f"  {LABELS[step['key']].format(bits=report['bits']):40} {step['top1']:6.2f} %{kept}")
     for file in report["verification"]:
         for e in file["executors"]:
-            lines.append(f"  {file['file'] + ' in ' + e['executor']:38} {100 * e['correct'] / e['images']:6.2f} %   "
+            lines.append(f"  {file['file'] + ' in ' + e['executor']:40} {100 * e['correct'] / e['images']:6.2f} %   "
                          f"as torch on {e['close']} of {e['images']} images")
     costs = report["costs"]
     kept = sum(r["passed"] for r in report["finn"])

@@ -40,7 +40,7 @@ def finished(tmp_path_factory):
 def test_the_report_holds_what_was_measured(finished):
     out, report, stages = finished
     assert json.loads((out / "report.json").read_text()) == report
-    assert [step["key"] for step in report["ladder"]] == ["float", "before", "dynamic", "static", "folded"]
+    assert [step["key"] for step in report["ladder"]] == ["float", "before", "dynamic", "static", "folded_before", "folded"]
     for step in report["ladder"]:
         assert step["top1"] == pytest.approx(100 * step["correct"] / COUNT) and step["low"] < step["top1"] <= step["high"]
     assert report["bits"] == "W3A4" and report["test_images"] == COUNT and not report["resumed"]

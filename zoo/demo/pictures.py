@@ -15,7 +15,8 @@ __all__ = ["LABELS", "data_uri", "draw"]
 
 LABELS = dict(
     float="float, 32 bits", before="{bits}, before training", dynamic="{bits}, after zero-shot QAT",
-    static="{bits}, static ranges, after QAT", folded="{bits}, folded for FPGAs, after QAT")
+    static="{bits}, static ranges, after QAT",
+    folded_before="{bits}, folded for FPGAs, before training", folded="{bits}, folded for FPGAs, after QAT")
 
 _INK = {"light": "#1f2328", "dark": "#e6e8eb"}
 _PAPER = {"light": "#ffffff", "dark": "#1b1f24"}  # as in page.html

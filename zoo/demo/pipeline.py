@@ -14,7 +14,7 @@ from torch import nn
 
 from granq_plugin import __version__
 from granq_plugin.atomic import write_text
-from granq_plugin.deploy import check_finn, export_finn
+from granq_plugin.deploy import check_finn, export_finn, fold
 from granq_plugin.export import export_qonnx, verify
 from granq_plugin.export import report as costs_of
 from granq_plugin.zero_shot import ZeroShotConfig, preset
@@ -107,6 +107,8 @@ def run_demo(
     trained("static", "with static ranges", from_images, images, images_digest)
     measured("static", load_run(out / "static")[1])
     trained("folded", "folded, for FPGAs", from_images, images, images_digest)
+    static = calibrated_network(out / "folded")
+    measured("folded_before", fold(static, card.example_input()).eval())
     deployed = load_run(out / "folded")[1]
     measured("folded", deployed)
 
@@ -137,7 +139,7 @@ def run_demo(
         teacher_sha256=digest, resumed=resumed, version=__version__, torch=torch.__version__,
         python=platform.python_version())
     pictures = draw(
-        out, ladder, bits, result.generator.sample(60), inputs, test_set.labels, calibrated_network(out / "folded"), deployed, card)
+        out, ladder, bits, result.generator.sample(60), inputs, test_set.labels, static, deployed, card)
     report["seconds"] = round(time.perf_counter() - start, 1)
     write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
     write_text(out / "report.html", page(report, pictures))
