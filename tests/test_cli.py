@@ -144,7 +144,7 @@ def test_digits_need_neither_data_nor_weights(tmp_path, capsys, monkeypatch):
     """The images come with scikit-learn, the teacher with the zoo, whatever GRANQ_DATA says."""
     monkeypatch.setenv("GRANQ_DATA", str(tmp_path / "nowhere"))
     card = zoo.get_card("resnet8_digits")
-    code, out, err = run(["evaluate", card.name, "--weight-bits", 8, "--act-bits", 8, "--json", tmp_path / "out.json"], capsys)
+    code, _, err = run(["evaluate", card.name, "--weight-bits", 8, "--act-bits", 8, "--json", tmp_path / "out.json"], capsys)
     assert code == 0, err
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["float_top1"] == pytest.approx(100 * card.results.correct / card.results.images)
