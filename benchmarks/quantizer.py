@@ -37,7 +37,8 @@ MEMORY_FIELDS = ("shape", "mode", "method", "peak_extra_tensors")
 LABELS = {
     "clone": "torch.clone", "granq": "GranQ, dynamic", "granq_static": "GranQ, static", "granq_eager": "GranQ, torch operations",
     "published": "published formula, eager", "brevitas_per_tensor": "Brevitas, dynamic, per tensor",
-    "brevitas_per_channel": "Brevitas, stock blocks per sample and channel", "fake_quantize": "torch.fake_quantize_per_channel_affine",
+    "brevitas_per_channel": "Brevitas, stock blocks per sample and channel",
+    "fake_quantize": "torch.fake_quantize_per_channel_affine",
     "torchao": "torchao, dynamic fake quantization", "loop": "Python loop over channels"}
 
 
@@ -168,7 +169,6 @@ def measure_scaling(seconds: float) -> list[dict]:
 
 def measure_memory() -> list[dict]:
     """Most memory allocated at a time, the result included, in tensors of the input's size."""
-    import torch
     from torch.profiler import ProfilerActivity, profile
     rows, shape = [], HEADLINE[0]
     for mode in MODES:
@@ -245,8 +245,8 @@ def plot_scaling(rows: list[dict], path: Path) -> None:
         ax.set_yscale("log")
         ax.set_xlabel(label)
     axes[0].set_ylabel("forward, ns per value")
-    axes[1].legend()
-    fig.tight_layout()
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=4)
+    fig.tight_layout(rect=(0, 0, 1, 0.92))
     fig.savefig(path, dpi=120, format="png")
     plt.close(fig)
 

@@ -111,7 +111,7 @@ def test_evaluate_runs_every_network_on_every_image():
 
 def test_every_regime_builds_what_it_says():
     batches = lambda: iter([torch.randn(4, 3, 6, 6)])  # noqa: E731
-    for weights, (quantizer, all_activations) in accuracy.REGIMES.items():
+    for weights, (weight_quantizer, all_activations) in accuracy.REGIMES.items():
         for activations in all_activations:
             model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
             network = accuracy.quantized_network(model, weights, activations, 4, batches)
@@ -119,7 +119,7 @@ def test_every_regime_builds_what_it_says():
             assert isinstance(proxy, GranQDynamicActProxy) == (activations == "dynamic")
             assert isinstance(proxy, GranQStaticActProxy) == (activations == "static")
             scale_shape = tuple(network[0].weight_quant.scale().shape)
-            assert scale_shape == ((4, 3, 1, 1) if quantizer == "GranQWeightPerKernel" else (4, 1, 1, 1))
+            assert scale_shape == ((4, 3, 1, 1) if weight_quantizer == "GranQWeightPerKernel" else (4, 1, 1, 1))
             assert torch.isfinite(network(next(batches()))).all()
 
 
@@ -165,7 +165,8 @@ def test_the_quantizer_table_is_the_committed_csv_s():
     floors = {(r["shape"], r["mode"]): float(r["median_ms"]) for r in rows if r["method"] == "clone"}
     assert len(floors) == len(quantizer.SHAPES) * len(quantizer.MODES)
     for r in rows:
-        assert float(r["ratio_to_clone"]) == pytest.approx(float(r["median_ms"]) / floors[r["shape"], r["mode"]], rel=0.01, abs=0.002)
+        ratio = float(r["median_ms"]) / floors[r["shape"], r["mode"]]
+        assert float(r["ratio_to_clone"]) == pytest.approx(ratio, rel=0.01, abs=0.002)
 
 
 def test_the_quantizers_that_are_timed_do_what_their_labels_say():

@@ -33,11 +33,16 @@ def plot(cards: Iterable[Card], path: str | Path, against: str = "bits") -> None
     with atomic_path(path) as part:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        figure = Figure(figsize=(4.6 * len(networks), 4.8), layout="constrained")
-        panels = figure.subplots(1, len(networks), squeeze=False)[0]
+        columns = min(len(networks), 2 if len(networks) == 4 else 3)
+        rows = -(-len(networks) // columns)
+        figure = Figure(figsize=(4.6 * columns, 3.8 * rows + 1), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).flatten()
+        for unused in panels[len(networks):]:
+            unused.set_axis_off()
         for axes, network in zip(panels, networks):
             _panel(axes, network, [c for c in measured if network_of(c) == network], against)
-        panels[0].set_ylabel("top-1 accuracy, %")
+        for axes in panels[::columns]:
+            axes.set_ylabel("top-1 accuracy, %")
         handles = {label: h for axes in panels for h, label in zip(*axes.get_legend_handles_labels())}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
         FigureCanvasAgg(figure).print_png(str(part))
@@ -68,17 +73,23 @@ def _panel(axes, network: str, cards: list[Card], against: str) -> None:
         axes.plot([x for x, _ in points], [y for _, y in points], label="published (see table; best one named)", **_PEER)
         if i == len(peers) - 1:
             for x, y in points:
-                axes.annotate(peer["method"], (x, y), xytext=(6, -3), textcoords="offset points", fontsize=8, color="#444444")
+                axes.annotate(peer["method"], (x, y), xytext=(7, -9), textcoords="offset points", fontsize=8, color="#444444")
     if peers:
         axes.axhline(peers[0]["float_top1"], color="#777777", linewidth=1, linestyle=":", label="full precision (published)")
     axes.set_title(f"{network}\n{images:,} test images", fontsize=10)
     axes.grid(alpha=0.3)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, high - 5), high)  # tenths of a point must not look like a cliff
     if against == "bits":
         ticks = sorted({_position(c, against) for c in quantized} | ({3, 4} if peers else set()))
         axes.set_xticks(ticks, [f"W{t}A{t}" if t == int(t) else f"{t}" for t in ticks])
         axes.set_xlabel("bits of weights and activations")
+        axes.set_xlim(ticks[0] - 0.5, ticks[-1] + 0.5)
     else:
-        axes.set_xscale("log")
+        from matplotlib.ticker import EngFormatter, MaxNLocator
+        axes.margins(x=0.15)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(EngFormatter())
         axes.set_xlabel("bit operations per image (MACs x bits x bits)")
 
 

