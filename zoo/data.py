@@ -96,8 +96,7 @@ def read_npz(path: str | Path) -> ImageSet:
 def load_digits(split: str = "test") -> ImageSet:
     """scikit-learn's handwritten digits (UCI optdigits), uint8 ``[N, 1, 8, 8]``: grey levels 0 to 16 spread over 0 to 255.
 
-    The test set is the last fifth of each class, 359 of 1,797 images, in the order of the file: about the last of its 13 writers,
-    whom training has not seen.
+    The test set is the last fifth of each class in the order of the file, 359 of 1,797 images; it never changes.
 
     Raises:
         ValueError: for another split than "train" and "test". ModuleNotFoundError: without scikit-learn (extra ``zoo``).
