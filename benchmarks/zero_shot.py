@@ -42,10 +42,10 @@ def row_of(run_dir: Path) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: a block per network, its teacher named above it."""
+    """Markdown: a block per network and teacher, the teacher named above it."""
     lines = []
-    for network in dict.fromkeys(r["network"] for r in rows):
-        of_network = [r for r in rows if r["network"] == network]
+    for network, teacher in dict.fromkeys((r["network"], r["teacher_weights_sha256"]) for r in rows):
+        of_network = [r for r in rows if (r["network"], r["teacher_weights_sha256"]) == (network, teacher)]
         first = of_network[0]
         lines += [
             f"{network}, {first['test_images']} test images. Full precision: {first['float_top1']} % (weights SHA-256 "
@@ -93,7 +93,7 @@ def read_rows(path: Path = RESULTS / "zero_shot.csv") -> list[dict]:
 def main(run_dirs: tuple[Path, ...]) -> None:
     rows = [row_of(run_dir) for run_dir in run_dirs]
     rows += [r for r in read_rows() if r["log"] not in {new["log"] for new in rows}]
-    rows.sort(key=lambda r: (r["network"], r["weights"] == "per-kernel", r["weights"], r["activations"], r["bits"]))
+    rows.sort(key=lambda r: (r["network"], r["teacher_weights_sha256"], r["weights"] == "per-kernel", r["weights"], r["activations"], r["bits"]))
     LOGS.mkdir(parents=True, exist_ok=True)
     for run_dir in run_dirs:
         shutil.copyfile(run_dir / "metrics.csv", LOGS / f"{run_dir.name}.csv")
