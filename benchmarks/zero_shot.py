@@ -93,7 +93,8 @@ def read_rows(path: Path = RESULTS / "zero_shot.csv") -> list[dict]:
 def main(run_dirs: tuple[Path, ...]) -> None:
     rows = [row_of(run_dir) for run_dir in run_dirs]
     rows += [r for r in read_rows() if r["log"] not in {new["log"] for new in rows}]
-    rows.sort(key=lambda r: (r["network"], r["teacher_weights_sha256"], r["weights"] == "per-kernel", r["weights"], r["activations"], r["bits"]))
+    rows.sort(key=lambda r: (
+        r["network"], r["teacher_weights_sha256"], r["weights"] == "per-kernel", r["weights"], r["activations"], r["bits"]))
     LOGS.mkdir(parents=True, exist_ok=True)
     for run_dir in run_dirs:
         shutil.copyfile(run_dir / "metrics.csv", LOGS / f"{run_dir.name}.csv")
