@@ -225,7 +225,7 @@ def plot_shapes(rows: list[dict], path: Path) -> None:
         ax.set_xlabel("time / time of torch.clone (log scale)")
     axes[0].set_yticks(range(len(names)), [LABELS[n] for n in names])
     axes[0].invert_yaxis()
-    axes[1].legend(loc="lower right")
+    axes[1].legend(loc="upper right")  # where the bars of GranQ and the copy are short
     fig.tight_layout()
     fig.savefig(path, dpi=120, format="png")
     plt.close(fig)
