@@ -189,3 +189,9 @@ def test_the_quantizer_plots_are_drawn(tmp_path):
     quantizer.plot_shapes(quantizer.read_rows("quantizer.csv"), tmp_path / "a.png")
     quantizer.plot_scaling(quantizer.read_rows("quantizer_scaling.csv"), tmp_path / "b.png")
     assert all((tmp_path / f"{n}.png").read_bytes().startswith(b"\x89PNG") for n in "ab")
+
+
+def test_rows_of_different_teachers_are_not_in_one_table():
+    row = dict.fromkeys(zero_shot.FIELDS, "1") | dict(network="n", test_images="10", float_top1="50", log="a.csv")
+    text = zero_shot.table([row | dict(teacher_weights_sha256="a" * 64), row | dict(teacher_weights_sha256="b" * 64)])
+    assert text.count("Full precision") == 2 and text.count("a.csv") == 2
