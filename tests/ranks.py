@@ -1,4 +1,4 @@
-"""What each process of test_distributed.py runs; a module of its own, so that a spawned process can import it."""
+"""What the processes of distributed tests run; a module of its own, so that a spawned process can import it."""
 
 import datetime
 
@@ -13,6 +13,9 @@ from granq_plugin import GranQActPerChannel, GranQActPerChannelStatic, GranQWeig
 from granq_plugin.core.ranges import CollectedRange
 from granq_plugin.zero_shot import preset, zero_shot_qat
 from networks import teacher_network
+from zoo.card import Preprocessing
+from zoo.data import ImageSet
+from zoo.evaluate import evaluate
 
 WORLD = 2
 TRAININGS = [("dynamic", False), ("static", False), ("static", True)]
@@ -21,19 +24,19 @@ ZERO_SHOT = [("dynamic", 1), ("dynamic", 2), ("static", 1)]
 """Activation quantizer, micro-batches."""
 
 
-def run_ranks(folder) -> list[dict]:
-    """Run everything below in two processes; what each returned, by rank. An exception in one is raised here."""
-    mp.spawn(_rank, (str(folder), ), nprocs=WORLD)
+def run_ranks(folder, function) -> list:
+    """Call a function of this module on two ranks; what each returned, by rank. An exception in one is raised here."""
+    mp.spawn(_rank, (str(folder), function), nprocs=WORLD)
     return [torch.load(folder / f"rank{r}.pt") for r in range(WORLD)]
 
 
-def _rank(rank: int, folder: str) -> None:
+def _rank(rank: int, folder: str, function) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD,
         timeout=datetime.timedelta(seconds=300))  # a busy machine
     try:
-        torch.save(everything(rank), f"{folder}/rank{rank}.pt")
+        torch.save(function(rank), f"{folder}/rank{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -126,3 +129,14 @@ def zero_shot(act: str, accumulation_steps: int) -> dict[str, torch.Tensor]:
     metrics = [[v for k, v in row.items() if k != "images_per_second"] for row in result.metrics]
     generator = {f"generator.{k}": v for k, v in result.generator.state_dict().items()}
     return dict(student.state_dict()) | generator | dict(images=result.images, metrics=torch.tensor(metrics))
+
+
+def count(rank: int | None) -> tuple[int, int, int]:
+    """Correct, correct among five, and total, of 23 images in batches of 5; on one rank they are shared."""
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (23, 3, 2, 2), dtype=torch.uint8, generator=rng)
+    data = ImageSet(images, torch.randint(0, 8, (23, ), generator=rng), "memory")
+    torch.manual_seed(3)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8))
+    result = evaluate(network, data, Preprocessing(2, (0.1, 0.2, 0.3), (0.5, 0.4, 0.2)), 5, distributed=rank is not None)
+    return result.correct, result.correct5, result.total

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def distributed(tmp_path_factory) -> list[dict]:
-    return ranks.run_ranks(tmp_path_factory.mktemp("ranks"))
+    return ranks.run_ranks(tmp_path_factory.mktemp("ranks"), ranks.everything)
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,12 @@
 """Accuracy counts against a count by hand, and the published accuracy on real data."""
 
-import datetime
 import math
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
+import ranks
 import zoo
 from zoo.card import Preprocessing
 from zoo.data import ImageSet, load_images
@@ -69,28 +67,6 @@ def test_interval_ends_are_the_proportions_that_the_count_is_just_compatible_wit
     assert 0 <= low <= correct / total <= high <= 1
 
 
-def linear_network():
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
-
-
-def labels():
-    return torch.randint(0, 8, (23, ), generator=torch.Generator().manual_seed(1))
-
-
-def count_on_a_rank(rank, folder):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=300))
-    try:
-        data = ImageSet(images(), labels(), "memory")
-        result = evaluate(linear_network(), data, PREPROCESSING, 5, distributed=True)
-        torch.save((result.correct, result.correct5, result.total), f"{folder}/rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
 def test_ranks_share_the_images_and_add_up(tmp_path):
-    mp.spawn(count_on_a_rank, (str(tmp_path), ), nprocs=2)
-    alone = evaluate(linear_network(), ImageSet(images(), labels(), "memory"), PREPROCESSING, 5)
-    for rank in range(2):
-        assert torch.load(tmp_path / f"rank{rank}.pt") == (alone.correct, alone.correct5, alone.total)
+    alone = ranks.count(None)
+    assert ranks.run_ranks(tmp_path, ranks.count) == [alone, alone] and 0 < alone[0] < alone[1] < alone[2] == 23
