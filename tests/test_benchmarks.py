@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import zoo
-from benchmarks import accuracy, evaluate, export, finn_plus, quantizer, readme, recipe, recipe_profile, zero_shot
+from benchmarks import ablation, accuracy, evaluate, export, finn_plus, quantizer, readme, recipe, recipe_profile, zero_shot
 from granq_plugin.core.proxy import GranQDynamicActProxy, GranQStaticActProxy
 from granq_plugin.zero_shot.step import generator_step
 from zoo.data import ImageSet
@@ -195,3 +195,11 @@ def test_rows_of_different_teachers_are_not_in_one_table():
     row = dict.fromkeys(zero_shot.FIELDS, "1") | dict(network="n", test_images="10", float_top1="50", log="a.csv")
     text = zero_shot.table([row | dict(teacher_weights_sha256="a" * 64), row | dict(teacher_weights_sha256="b" * 64)])
     assert text.count("Full precision") == 2 and text.count("a.csv") == 2
+
+
+def test_the_ablation_table_is_the_committed_csv_s():
+    with open(ablation.RESULTS / "ablation.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    caption, _ = readme.current_table(ablation.MARKER).split("\n\n")
+    assert readme.current_table(ablation.MARKER) == ablation.table(rows, caption)
+    assert {r["switch"] for r in rows} == set(ablation.SWITCHES)
