@@ -36,9 +36,10 @@ class Training:
             student.load_state_dict(state["student"])
         self.config = config
         self.student = student
-        self.teacher = teacher
         self.features = None if config.feature_loss == "off" else FeaturePairs(teacher, student, config.feature_loss)
         self.observed = ObservedTeacher(teacher) if images is None else None
+        # an observed teacher takes the statistics of each of its passes: none is left for the next one
+        self.teacher = teacher if self.observed is None else self.observed
         self.like = next(student.parameters()).detach()
         self.rng = torch.Generator().manual_seed(config.seed)
         self.generator = _new_generator(config).to(self.like) if images is None else None

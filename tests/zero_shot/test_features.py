@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import granq_plugin as gq
+from granq_plugin.zero_shot import preset
 from granq_plugin.zero_shot.features import FEATURE_LOSSES, FeaturePairs, attention_loss, feature_loss
 from granq_plugin.zero_shot.statistics import batch_norm_layers
 from granq_plugin.zero_shot.step import low_pass
+from granq_plugin.zero_shot.training import Training
 from networks import teacher_network
 
 
@@ -64,3 +66,17 @@ def test_low_pass_is_numpys_and_keeps_the_mean(height, width, cutoff, seed):
     np.testing.assert_allclose(y, expected, atol=1e-9)
     np.testing.assert_allclose(y.mean((2, 3)), x.mean((2, 3)), atol=1e-9)
     assert low_pass(torch.tensor(x).bfloat16(), cutoff).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("options", [{}, dict(sam_rho=0.1)])
+def test_replayed_images_leave_no_statistics_for_the_generator(options):
+    """Features need the teacher on replayed images; the generator's loss is of the generator's own images alone."""
+    teacher = teacher_network()
+    student = gq.quantize(teacher, 3, 3)
+    config = preset("cifar10", image_size=8, batch_size=8, epochs=3, iterations=2, warmup_epochs=1, memory_size=20, replay_steps=2,
+                    feature_loss="features", **options)
+    training = Training(student, teacher.eval().requires_grad_(False), config, None)
+    for _ in range(4):
+        training.step()
+        assert training.observed.statistics.take() == []
+    training.close()
