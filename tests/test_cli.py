@@ -156,3 +156,10 @@ def test_digits_need_neither_data_nor_weights(tmp_path, capsys, monkeypatch):
     assert entries["teacher_weights_sha256"] == card.weights.sha256 and entries["test_images"] == 359
     code, _, err = run(["verify", tmp_path / "none.onnx", "--model", tmp_path / "run"], capsys)
     assert code == 2 and "does not exist" in err
+
+
+def test_without_scikit_learn_the_digits_name_its_extra(capsys, monkeypatch):
+    for name in ("sklearn", "sklearn.datasets"):
+        monkeypatch.setitem(sys.modules, name, None)
+    code, _, err = run(["evaluate", "resnet8_digits"], capsys)
+    assert code == 2 and err.splitlines()[-1].endswith("sklearn is missing: pip install 'granq-plugin[zoo]'")
