@@ -10,7 +10,8 @@ import click
 
 __all__ = ["BitWidth", "input_errors", "join_ranks", "open_card", "open_device", "settings_from"]
 
-_EXTRAS = dict(hls4ml="hls", matplotlib="zoo", safetensors="zoo", sklearn="zoo", tensorboard="tensorboard", torchvision="zoo") | dict.fromkeys(
+_EXTRAS = dict(hls4ml="hls", tensorboard="tensorboard") | dict.fromkeys(
+    ("matplotlib", "safetensors", "sklearn", "torchvision"), "zoo") | dict.fromkeys(
     ("onnx", "onnxoptimizer", "onnxruntime", "onnxscript", "qonnx"), "export")
 """Which extra brings a package."""
 
