@@ -8,14 +8,13 @@ file); ``--data`` also prints test accuracy, which decides nothing. Writes ``ben
 table.
 """
 
-import csv
 import time
 from pathlib import Path
 
 import click
 
 from benchmarks.readme import replace_table
-from granq_plugin.atomic import atomic_path
+from benchmarks.rows import write
 
 RESULTS = Path(__file__).parent / "results"
 MARKER = "ablation: written by python -m benchmarks.ablation"
@@ -88,10 +87,7 @@ def main(run_dir, weights, judge, judge_images, data, iterations, only, threads)
         rows.append(row)
     if only:
         return
-    with atomic_path(RESULTS / "ablation.csv") as part, open(part, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write(RESULTS / "ablation.csv", list(rows[0]), rows)
     replace_table(MARKER, table(rows, f"{described.network}, W{described.weight_bit_width}A{described.act_bit_width}, "
                                 f"{described.weight_regime} weights, {described.activations} activations; {iterations} iterations "
                                 f"of 32 images; agreement on {len(natural)} images of {judge.parent.name}/{judge.name}."))

@@ -6,12 +6,12 @@ Evaluates resnet20_cifar10 on the full test set at several bit widths, for every
 them. Writes ``benchmarks/results/accuracy.csv`` and ``.png``, and the table in the README.
 """
 
-import csv
 from pathlib import Path
 
 import click
 
 from benchmarks.readme import replace_table
+from benchmarks.rows import read, write
 
 RESULTS = Path(__file__).parent / "results"
 NETWORK = "resnet20_cifar10"
@@ -61,8 +61,7 @@ def table(rows: list[dict]) -> str:
 
 
 def read_rows(path: Path = RESULTS / "accuracy.csv") -> list[dict]:
-    with open(path, newline="", encoding="utf-8") as f:
-        return list(csv.DictReader(f))
+    return read(path)
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -118,13 +117,7 @@ def main(data: Path, weights: Path, calibration_data: Path, calibration_images: 
             weights=regime, activations=activations, bits=str(bits), float_top1=f"{full_precision.top1:.2f}",
             top1=f"{accuracy.top1:.2f}", correct=accuracy.correct, images=accuracy.total, weights_sha256=weights_sha256,
             calibration=f"{len(chosen)} unlabelled images of {calibration_data.parent.name}/{calibration_data.name}"))
-    RESULTS.mkdir(exist_ok=True)
-    part = RESULTS / "accuracy.csv.part"
-    with open(part, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
-    part.replace(RESULTS / "accuracy.csv")
+    write(RESULTS / "accuracy.csv", FIELDS, rows)
     rows = read_rows()
     plot(rows, RESULTS / "accuracy.png")
     replace_table(MARKER, table(rows))

@@ -8,7 +8,6 @@ which changes accuracy but not speed. Networks take turns; medians. Replaces the
 ``benchmarks/results/evaluate.csv``, and writes the chart and the table in the README.
 """
 
-import csv
 import statistics
 from pathlib import Path
 
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.readme import replace_table
-from granq_plugin.atomic import atomic_path, write_text
+from benchmarks.rows import read, write
+from granq_plugin.atomic import atomic_path
 
 RESULTS = Path(__file__).parent / "results"
 MARKER = "evaluate: written by python -m benchmarks.evaluate"
@@ -101,8 +101,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def read_rows(path: Path = RESULTS / "evaluate.csv") -> list[dict]:
-    with open(path, newline="", encoding="utf-8") as f:
-        return list(csv.DictReader(f))
+    return read(path)
 
 
 @click.command(help=__doc__)
@@ -134,10 +133,9 @@ def main(data, weights, bits, count, batch_size, repeats, device, threads) -> No
             f"{medians[kind] / medians['float']:.3f}", f"{max(s) - min(s):.1f}", repeats))) for kind, s in speeds.items()]
         for row in rows[-len(KINDS):]:
             click.echo(row)
-    others = read_rows(path) if path.is_file() else []
-    rows = [r for r in others if (r["device"], r["threads"]) != (name, str(threads))] + rows
+    rows = [r for r in read_rows(path) if (r["device"], r["threads"]) != (name, str(threads))] + rows
     rows.sort(key=lambda r: (r["device"], int(r["threads"])))
-    write_text(path, "\n".join([",".join(FIELDS), *(",".join(str(r[f]) for f in FIELDS) for r in rows)]) + "\n")
+    write(path, FIELDS, rows)
     plot(read_rows(path), RESULTS / "evaluate.png")
     replace_table(MARKER, table(read_rows(path)))
 

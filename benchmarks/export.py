@@ -13,7 +13,6 @@ images. ``--finn-files DIR``: folded networks for :mod:`benchmarks.finn_plus`, a
 leaves the first part out.
 """
 
-import csv
 import tempfile
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from torch import nn
 
 from benchmarks.export_ladder import LADDER_FIELDS, ladder_table, rungs_of_run, untrained_rungs
 from benchmarks.readme import replace_table
+from benchmarks.rows import read, write
 
 RESULTS = Path(__file__).parent / "results"
 MARKER = "export: written by python -m benchmarks.export"
@@ -156,20 +156,7 @@ def write_finn_files(models: dict[str, nn.Module], calibration: list, folder: Pa
 
 def read_rows(path: Path, **replaced) -> list[dict]:
     """Rows of an earlier run, without those that have one of ``replaced``'s values in each of its columns."""
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as f:
-        return [r for r in csv.DictReader(f) if not replaced or not all(r[k] in values for k, values in replaced.items())]
-
-
-def write(path: Path, fields: tuple, rows: list[dict]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    part = path.with_suffix(".part")
-    with open(part, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, fields)
-        writer.writeheader()
-        writer.writerows(rows)
-    part.replace(path)
+    return [r for r in read(path) if not replaced or not all(r[k] in values for k, values in replaced.items())]
 
 
 def table(rows: list[dict], ladder_rows: list[dict], hls4ml_rows: list[dict]) -> str:

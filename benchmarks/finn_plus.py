@@ -17,7 +17,6 @@ the file's to 1e-5 of the largest output after every step. A control must fail. 
 ``benchmarks/results/finn_plus.csv`` and the README's table.
 """
 
-import csv
 import json
 import os
 import sys
@@ -30,6 +29,7 @@ import click
 import numpy as np
 
 from benchmarks.readme import replace_table
+from benchmarks.rows import read, write
 
 RESULTS = Path(__file__).parent / "results"
 MARKER = "finn_plus: written by python -m benchmarks.finn_plus"
@@ -148,19 +148,7 @@ def row_of(path: Path, control: bool) -> dict:
 
 
 def read_rows(path: Path = RESULTS / "finn_plus.csv") -> list[dict]:
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as f:
-        return list(csv.DictReader(f))
-
-
-def write(rows: list[dict], path: Path = RESULTS / "finn_plus.csv") -> None:
-    part = path.with_suffix(".part")
-    with open(part, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, FIELDS, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    part.replace(path)
+    return read(path)
 
 
 def table(rows: list[dict]) -> str:
@@ -185,7 +173,7 @@ def main(files, controls) -> None:
         row = row_of(path, control)
         results.append(row["passed"] != control)
         click.echo(f"{path}: {'passed' if row['passed'] else 'refused: ' + row['reason']} ({row['seconds']} s)")
-        write([r for r in read_rows() if r["file"] != path.name] + [row])
+        write(RESULTS / "finn_plus.csv", FIELDS, [r for r in read_rows() if r["file"] != path.name] + [row])
         replace_table(MARKER, table(read_rows()))
     sys.exit(0 if all(results) else 1)
 

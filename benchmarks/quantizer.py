@@ -8,7 +8,6 @@ float32 on CPU. All methods take turns, round after round, in one process; media
 ``quantizer*.csv`` and ``.png`` into ``benchmarks/results``, and the table in the README.
 """
 
-import csv
 import math
 import statistics
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import click
 
 from benchmarks.readme import replace_table
+from benchmarks.rows import read, write
 from granq_plugin.atomic import atomic_path
 
 RESULTS = Path(__file__).parent / "results"
@@ -252,15 +252,7 @@ def plot_scaling(rows: list[dict], path: Path) -> None:
 
 
 def read_rows(name: str) -> list[dict]:
-    with open(RESULTS / name, newline="", encoding="utf-8") as f:
-        return list(csv.DictReader(f))
-
-
-def write_rows(name: str, fields: tuple, rows: list[dict]) -> None:
-    with atomic_path(RESULTS / name) as part, open(part, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, fields, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    return read(RESULTS / name)
 
 
 @click.command(help=__doc__)
@@ -274,11 +266,11 @@ def main(threads: int, seconds: float, parts: tuple[str, ...]) -> None:
     torch.manual_seed(0)
     RESULTS.mkdir(exist_ok=True)
     if "shapes" in parts:
-        write_rows("quantizer.csv", FIELDS, measure_shapes(seconds))
+        write(RESULTS / "quantizer.csv", FIELDS, measure_shapes(seconds))
     if "memory" in parts:
-        write_rows("quantizer_memory.csv", MEMORY_FIELDS, measure_memory())
+        write(RESULTS / "quantizer_memory.csv", MEMORY_FIELDS, measure_memory())
     if "scaling" in parts:
-        write_rows("quantizer_scaling.csv", SCALING_FIELDS, measure_scaling(seconds / 3))
+        write(RESULTS / "quantizer_scaling.csv", SCALING_FIELDS, measure_scaling(seconds / 3))
     missing = [p for p in ("quantizer.csv", "quantizer_scaling.csv", "quantizer_memory.csv") if not (RESULTS / p).exists()]
     if missing:
         raise click.ClickException(f"the table needs all parts, and these were never measured: {', '.join(missing)}")

@@ -8,7 +8,6 @@ these networks, batch sizes, devices and threads in ``benchmarks/results/recipe.
 the README.
 """
 
-import csv
 import statistics
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import click
 
 from benchmarks.readme import replace_table
-from granq_plugin.atomic import write_text
+from benchmarks.rows import read, write
 
 RESULTS = Path(__file__).parent / "results"
 MARKER = "recipe: written by python -m benchmarks.recipe"
@@ -120,19 +119,16 @@ def _key(row: dict) -> tuple[str, ...]:
 
 
 def read_rows(path: Path = RESULTS / "recipe.csv") -> list[dict]:
-    with open(path, newline="", encoding="utf-8") as f:
-        return list(csv.DictReader(f))
+    return read(path)
 
 
 def merge_rows(path: Path, fields: tuple[str, ...], rows: list[dict]) -> None:
     """Rows of the settings that were measured take the place of the old ones; in the order of networks, devices and batch sizes."""
     measured = {_key(r) for r in rows}
-    kept = [r for r in read_rows(path) if _key(r) not in measured] if path.is_file() else []
+    kept = [r for r in read_rows(path) if _key(r) not in measured]
     order = list(NETWORKS)
     merged = sorted(kept + rows, key=lambda r: (order.index(r["network"]), r["device"], int(r["threads"]), int(r["batch_size"])))
-    lines = [",".join(fields), *(",".join(str(r[f]) for f in fields) for r in merged)]
-    path.parent.mkdir(exist_ok=True)
-    write_text(path, "\n".join(lines) + "\n")
+    write(path, fields, merged)
 
 
 @click.command(help=__doc__)

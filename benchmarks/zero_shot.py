@@ -8,7 +8,6 @@ Writes ``benchmarks/results/zero_shot.csv``, a log per run in ``benchmarks/resul
 is of the last epoch, on the whole test set.
 """
 
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import click
 
 from benchmarks.readme import replace_table
+from benchmarks.rows import read, write
 from granq_plugin.atomic import atomic_path
 
 RESULTS = Path(__file__).parent / "results"
@@ -79,13 +79,11 @@ def plot(rows: list[dict], path: Path) -> None:
 
 def accuracies(row: dict) -> list[tuple[int, float]]:
     """``(iterations, accuracy)`` wherever a run was evaluated, from its log."""
-    with open(LOGS / row["log"], newline="", encoding="utf-8") as f:
-        return [(int(r["iterations"]), float(r["accuracy"])) for r in csv.DictReader(f) if r.get("accuracy")]
+    return [(int(r["iterations"]), float(r["accuracy"])) for r in read(LOGS / row["log"]) if r.get("accuracy")]
 
 
 def read_rows(path: Path = RESULTS / "zero_shot.csv") -> list[dict]:
-    with open(path, newline="", encoding="utf-8") as f:
-        return list(csv.DictReader(f))
+    return read(path)
 
 
 @click.command(help=__doc__)
@@ -98,10 +96,7 @@ def main(run_dirs: tuple[Path, ...]) -> None:
     LOGS.mkdir(parents=True, exist_ok=True)
     for run_dir in run_dirs:
         shutil.copyfile(run_dir / "metrics.csv", LOGS / f"{run_dir.name}.csv")
-    with atomic_path(RESULTS / "zero_shot.csv") as part, open(part, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write(RESULTS / "zero_shot.csv", FIELDS, rows)
     plot(rows, RESULTS / "zero_shot.png")
     replace_table(MARKER, table(read_rows()))
     click.echo(table(rows))
