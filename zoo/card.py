@@ -21,7 +21,7 @@ else:
 if TYPE_CHECKING:  # the command line reads this file without torch
     from torch import Tensor, nn
 
-__all__ = ["Card", "Costs", "Preprocessing", "Results", "Teacher", "Training", "Weights"]
+__all__ = ["DATASETS", "Card", "Costs", "Preprocessing", "Results", "Teacher", "Training", "Weights"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,14 @@ class Preprocessing:
             raise ValueError(f"images have {images.shape[1]} channels, the network takes {c}")
         mean, std = (torch.tensor(v, device=images.device).view(1, c, 1, 1) for v in (self.mean, self.std))
         return (images / 255 - mean) / std
+
+
+DATASETS = {
+    "cifar10": (10, Preprocessing(32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))),
+    "cifar100": (100, Preprocessing(32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))),
+    "imagenet": (1000, Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=256)),
+}
+"""Classes and usual preprocessing, for networks without a card: channel statistics of the training images; torchvision's."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoo.card import Card
+from zoo.card import DATASETS, Card
 
 if TYPE_CHECKING:
     from zoo.image_folder import FolderImages
@@ -21,7 +21,6 @@ __all__ = ["BUNDLED", "ImageSet", "load_digits", "load_images", "read_npz"]
 BUNDLED = ("digits", )
 """Data sets that come with a package of the ``zoo`` extra: no folder is needed."""
 
-CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 _TORCHVISION = {"cifar10": ("CIFAR10", "cifar-10-batches-py"), "cifar100": ("CIFAR100", "cifar-100-python")}
 
 
@@ -141,11 +140,11 @@ def load_images(
     """
     if dataset == "digits":
         return load_digits(split)
-    if card is None and dataset not in CIFAR_CLASSES:
-        raise ValueError(f"unknown data set {dataset!r}; known: {', '.join((*CIFAR_CLASSES, *BUNDLED))}")
+    if card is None and dataset not in _TORCHVISION:
+        raise ValueError(f"unknown data set {dataset!r}; known: {', '.join((*_TORCHVISION, *BUNDLED))}")
     if data_dir is None:
         raise ValueError(f"no data folder: {dataset} does not come with a package; give --data DIR or set GRANQ_DATA")
-    root, classes = Path(data_dir), CIFAR_CLASSES[dataset] if card is None else card.num_classes
+    root, classes = Path(data_dir), DATASETS[dataset][0] if card is None else card.num_classes
     npz = [root / dataset / f"{split}.npz", root / f"{split}.npz"]
     found = next((p for p in npz if p.is_file()), None)
     if found is not None:

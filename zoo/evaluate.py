@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from granq_plugin.zero_shot import parallel
 from zoo.card import Preprocessing
 from zoo.data import ImageSet
 from zoo.image_folder import FolderImages
@@ -92,7 +93,7 @@ def evaluate(
     """
     if not len(data):
         raise ValueError(f"no images in {data.source!r}")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed and dist.is_initialized() else (0, 1)
+    rank, world = (parallel.rank(), parallel.world_size()) if distributed else (0, 1)
     model = model.to(device).eval()
     counts = torch.zeros(3, dtype=torch.int64)
     start = time.perf_counter()

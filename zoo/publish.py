@@ -22,7 +22,7 @@ from zoo.evaluate import Accuracy, default_batch_size, evaluate
 from zoo.packing import pack_network, pack_tensors
 from zoo.registry import from_bytes, get_card, list_models
 from zoo.students import load_run
-from zoo.weights import load_weights, read_state_dict
+from zoo.weights import load_weights, read_state_dict, sha256
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -173,7 +173,7 @@ def _teacher_entry(folder: Path, name: str | None, license: str | None):
     base = get_card(str(folder / "card.toml") if (folder / "card.toml").is_file() else run["network"])
     name = name or base.name
     file = folder / "teacher.safetensors"
-    if hashlib.sha256(file.read_bytes()).hexdigest() != run["teacher_sha256"]:
+    if sha256(file) != run["teacher_sha256"]:
         raise ValueError(f"{str(file)!r} does not have the SHA-256 that run.json names: it is damaged or of another run")
     network = base.build()
     load_weights(network, file)

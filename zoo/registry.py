@@ -10,20 +10,12 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zoo.card import Card, Preprocessing
+from zoo.card import DATASETS, Card
 
 if TYPE_CHECKING:  # the command line reads this file without torch
     from torch import nn
 
 __all__ = ["Card", "card_of", "get_card", "get_model", "list_models", "read_weights", "teacher_of"]
-
-DATASETS = {
-    "cifar10": (10, Preprocessing(32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))),
-    "cifar100": (100, Preprocessing(32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))),
-    "imagenet": (1000, Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=256)),
-}
-"""Classes and usual preprocessing, for networks without a card: channel statistics of the training images; torchvision's."""
-
 
 def _root(zoo_dir: str | Path | None):
     return resources.files("zoo") if zoo_dir is None else Path(zoo_dir)

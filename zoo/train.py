@@ -115,12 +115,12 @@ def train_teacher(
         The metrics, one dict per epoch.
 
     Raises:
-        ValueError: before training, for fewer images than a batch, or images of another size. FloatingPointError: if training
-            diverged. FileExistsError, OSError: see :class:`~granq_plugin.zero_shot.run_directory.RunDirectory`.
+        ValueError: before training, for fewer images than a batch, or images of another size or number of channels.
+        FloatingPointError: if training diverged. FileExistsError, OSError: see
+            :class:`~granq_plugin.zero_shot.run_directory.RunDirectory`.
     """
+    preprocessing(data.images[:1])  # complains before training
     full = preprocessing.image_size
-    if tuple(data.images.shape[2:]) != (full, full):
-        raise ValueError(f"images are {data.images.shape[2]}x{data.images.shape[3]}, the network takes {full}x{full}")
     if len(data) < config.batch_size:
         raise ValueError(f"batch_size={config.batch_size} exceeds the {len(data)} training images of {data.source!r}")
     directory = None if run_dir is None else RunDirectory(run_dir, config, dict(network=model), resume)
@@ -136,7 +136,6 @@ def train_teacher(
         optimizer.load_state_dict(state["optimizer"])
         rng.set_state(state["rng"])
         first, metrics = state["epoch"], state["metrics"]
-    mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (preprocessing.mean, preprocessing.std))
     steps = len(data) // config.batch_size
     for epoch in range(first, config.epochs):
         model.train()
@@ -148,8 +147,7 @@ def train_teacher(
                 group["lr"] = config.lr * config.lr_factor((epoch * steps + step) / (config.epochs * steps))
             chosen = order[step * config.batch_size:(step + 1) * config.batch_size]
             x, y = data.images[chosen].to(device), data.labels[chosen].to(device)
-            x = random_crop_flip(x, config.crop_padding, config.flip, rng)
-            x = (x / 255 - mean) / std
+            x = preprocessing(random_crop_flip(x, config.crop_padding, config.flip, rng))
             if size != full:
                 x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
             if config.channels_last:
