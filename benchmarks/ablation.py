@@ -88,8 +88,9 @@ def main(run_dir, weights, judge, judge_images, data, iterations, only, threads)
     if only:
         return
     write(RESULTS / "ablation.csv", list(rows[0]), rows)
-    replace_table(MARKER, table(rows, f"{described.network}, W{described.weight_bit_width}A{described.act_bit_width}, "
-                                f"{described.weight_regime} weights, {described.activations} activations; {iterations} iterations "
+    how = described.quantization
+    replace_table(MARKER, table(rows, f"{described.network}, {how.bits}, "
+                                f"{how.weight_regime} weights, {how.activations} activations; {iterations} iterations "
                                 f"of 32 images; agreement on {len(natural)} images of {judge.parent.name}/{judge.name}."))
 
 

@@ -137,7 +137,8 @@ def hls4ml_row(run_dir: Path, test_set, count: int) -> dict:
         a, = verify(path, network, images, labels=chosen.labels, executors=("hls4ml", )).agreements
     equal, integers = a.hls4ml_integers
     return dict(zip(HLS4ML_FIELDS, (
-        run_dir.name, student.act_bit_width, a.images, a.exact, a.close, a.top1, a.correct, a.torch_correct, f"{a.max_rel:.2g}",
+        run_dir.name, student.quantization.act_bit_width,
+        a.images, a.exact, a.close, a.top1, a.correct, a.torch_correct, f"{a.max_rel:.2g}",
         integers, equal)))
 
 

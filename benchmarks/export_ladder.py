@@ -38,15 +38,15 @@ def rungs_of_run(run_dir: Path, test_set, teacher_weights: Path) -> list[dict]:
     student, network, run = load_run(run_dir)
     if run["teacher_weights_sha256"] != sha256(teacher_weights):
         raise ValueError(f"{str(run_dir)!r} has another teacher than {str(teacher_weights)!r}")
-    config = ZeroShotConfig.from_file(run_dir / "config.toml")
+    config, quantization = ZeroShotConfig.from_file(run_dir / "config.toml"), student.quantization
     images = "another run's" if run["images_sha256"] else "its generator's"
-    common = ((student.network, student.act_bit_width),
+    common = ((student.network, quantization.act_bit_width),
               (f"{config.total_iterations:,} x {config.batch_size}, {images} images", run_dir.name))
     preprocessing = student.card.preprocessing
-    if student.activations == "folded":
+    if quantization.activations == "folded":
         counts = _folded_and_file(network, student.example_input(), test_set, preprocessing)
     else:
-        counts = [(student.activations, student.weight_regime, evaluate(network, test_set, preprocessing).correct, "")]
+        counts = [(quantization.activations, quantization.weight_regime, evaluate(network, test_set, preprocessing).correct, "")]
     if "top1" in run and abs(100 * counts[0][2] / len(test_set) - run["top1"]) > 1e-6:
         raise ValueError(f"{str(run_dir)!r}: {counts[0][2]} of {len(test_set)} correct, but run.json says {run['top1']:.2f} %")
     return [_row(common, *count, len(test_set)) for count in counts]

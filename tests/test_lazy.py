@@ -27,7 +27,8 @@ def packages_after(code: str) -> set[str]:
 @pytest.mark.parametrize("code", [
     "import granq_plugin; dir(granq_plugin); granq_plugin.__version__",
     "import granq_plugin.zero_shot as z; z.preset('cifar10').to_toml()",
-    "import zoo; zoo.get_card('resnet20_cifar10'); from zoo.students import Student; Student('resnet20_cifar10', 4, 4).card",
+    "import zoo; zoo.get_card('resnet20_cifar10'); from zoo.students import Quantization, Student; "
+    "Student('resnet20_cifar10', Quantization(4, 4)).card",
     "from granq_plugin import cli; assert cli.run(['--help']) == 0",
     "from granq_plugin import cli; assert cli.run(['--version']) == 0",
     "from granq_plugin import cli; assert cli.run(['qat', '--help-config']) == 0",

@@ -151,20 +151,21 @@ def _student_entry(folder: Path, name: str | None, license: str | None):
         raise ValueError(f"the run in {str(folder)!r} is of a network of your own: give --name for its entry")
     name = name or f"{base.name}.{student.quantization.suffix}"
     teacher = _teacher(base, run["teacher_weights_sha256"])
-    calibrated = read_state_dict(folder / "calibrated.safetensors") if student.activations == "folded" else None
+    quantization = student.quantization
+    calibrated = read_state_dict(folder / "calibrated.safetensors") if quantization.activations == "folded" else None
     data = pack_network(network, calibrated)
     settings = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
-    options = [f"--weight-bits {student.weight_bit_width} --act-bits {student.act_bit_width}"]
-    options += [f"--activations {student.activations} --weight-regime {student.weight_regime}"]
-    options += ["--learned-scale"] if student.learned_scale else []
+    options = [f"--weight-bits {quantization.weight_bit_width} --act-bits {quantization.act_bit_width}"]
+    options += [f"--activations {quantization.activations} --weight-regime {quantization.weight_regime}"]
+    options += ["--learned-scale"] if quantization.learned_scale else []
     options += [f"--config configs/{name}.toml --weights FILE"] + (["--images FILE"] if run.get("images_sha256") else [])
     command = f"granq qat {base.name} {' '.join(options)} --out RUN_DIR"
     training = Training(settings["epochs"], run.get("version", __version__), f"logs/{name}.csv", f"configs/{name}.toml")
-    words = (f"{base.name}, {student.quantization.bits}, {student.weight_regime} weights, {student.activations} activations, "
+    words = (f"{base.name}, {quantization.bits}, {quantization.weight_regime} weights, {quantization.activations} activations, "
              "zero-shot QAT")
     card = replace(
         _described(base, name, data, license or teacher.license, command, training), description=words, teacher=teacher,
-        quantization=student.quantization)
+        quantization=quantization)
     return Entry(card, data, folder), network, run.get("float_top1")
 
 

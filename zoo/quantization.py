@@ -90,6 +90,17 @@ class Quantization:
         from granq_plugin.deploy import fold
         return fold(calibrate(self.prepared(teacher, example_input)), example_input, trainable=True)
 
+    def deployable(
+            self, teacher: nn.Module, example_input: Tensor,
+            calibrate: Callable[[nn.Module], nn.Module] | None = None) -> nn.Module:
+        """As :meth:`build`, with the structure of what is deployed (a folded network baked), for a state dict that brings its
+        weights."""
+        network = self.build(teacher, example_input, calibrate)
+        if self.activations == "folded":
+            from granq_plugin.deploy import bake
+            network = bake(network)
+        return network
+
     def deployed(self, trained: nn.Module, example_input: Tensor) -> nn.Module:
         """What is deployed of a trained student, whose accuracy is measured and which is saved: of a folded one a baked copy,
         cleared of rounding ties; any other is deployed as it is."""

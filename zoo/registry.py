@@ -164,8 +164,4 @@ def quantized(card: Card, model: nn.Module, calibrate: Callable[[nn.Module], nn.
     """A float network of the card, quantized as it says (not at all, if it says nothing)."""
     if card.quantization is None:
         return model
-    model = card.quantization.build(model, card.example_input(), calibrate)
-    if card.quantization.activations == "folded":
-        from granq_plugin.deploy import bake
-        model = bake(model)
-    return model.eval()
+    return card.quantization.deployable(model, card.example_input(), calibrate).eval()

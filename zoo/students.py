@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,24 +20,13 @@ __all__ = ["ACTIVATIONS", "WEIGHT_REGIMES", "Student", "calibrated_network", "ca
 
 @dataclass(frozen=True)
 class Student:
-    """How a student is quantized.
+    """Which network is quantized, and how.
 
     Attributes:
-        network: name of the zoo entry, or path of a card file. Others: see :class:`~zoo.quantization.Quantization`.
+        network: name of the zoo entry, or path of a card file.
     """
     network: str
-    weight_bit_width: int
-    act_bit_width: int
-    weight_regime: str = "per-output-channel"
-    activations: str = "dynamic"
-    learned_scale: bool = False
-
-    def __post_init__(self) -> None:
-        self.quantization  # noqa: B018  (checks)
-
-    @property
-    def quantization(self) -> Quantization:
-        return Quantization(**{k: v for k, v in asdict(self).items() if k != "network"})
+    quantization: Quantization
 
     @property
     def card(self) -> Card:
@@ -53,10 +42,6 @@ class Student:
             ValueError: for folded activations without ``calibrate``; and see :func:`granq_plugin.quantize`.
         """
         return self.quantization.build(teacher, self.example_input(), calibrate)
-
-    def deployed(self, trained: nn.Module) -> nn.Module:
-        """See :meth:`zoo.quantization.Quantization.deployed`."""
-        return self.quantization.deployed(trained, self.example_input())
 
     def prepared(self, teacher: nn.Module) -> nn.Module:
         """With folded activations: the static network that is calibrated, then folded."""
@@ -94,7 +79,7 @@ def load_run(run_dir: str | Path) -> tuple[Student, nn.Module, dict]:
             raise FileNotFoundError(f"{str(folder)!r} holds no finished run of granq qat: there is no {name}")
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        student = Student(**{k: run[k] for k in asdict(Student("", 1, 1))})
+        student = Student(run["network"], Quantization(**{f.name: run[f.name] for f in fields(Quantization)}))
         if student.network == "card.toml":  # of the user's own network, kept in the run's folder
             student = replace(student, network=str(folder / "card.toml"))
         expected = run["student_sha256"]
@@ -104,10 +89,8 @@ def load_run(run_dir: str | Path) -> tuple[Student, nn.Module, dict]:
         raise ValueError(f"{str(folder / 'student.safetensors')!r} does not have the SHA-256 that run.json names: it is damaged or "
                          "of another run")
     state = read_state_dict(folder / "student.safetensors")
-    network = student.build(student.card.build(), lambda prepared: _calibrated_as(prepared, folder))
-    if student.activations == "folded":  # what was saved is baked
-        from granq_plugin.deploy import bake
-        network = bake(network)
+    network = student.quantization.deployable(
+        student.card.build(), student.example_input(), lambda prepared: _calibrated_as(prepared, folder))
     try:
         network.load_state_dict(state)
     except RuntimeError as e:
@@ -123,8 +106,9 @@ def calibrated_network(run_dir: str | Path) -> nn.Module:
         ValueError: for other runs. FileNotFoundError: see :func:`load_run`.
     """
     student, _, _ = load_run(run_dir)
-    if student.activations != "folded":
-        raise ValueError(f"{str(run_dir)!r} has {student.activations} activations: nothing was folded")
+    activations = student.quantization.activations
+    if activations != "folded":
+        raise ValueError(f"{str(run_dir)!r} has {activations} activations: nothing was folded")
     return _calibrated_as(student.prepared(student.card.build()), Path(run_dir))
 
 

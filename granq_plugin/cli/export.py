@@ -45,7 +45,7 @@ def export(run_dir, file_format, out, top_k, dynamo, plot) -> None:
             (export_qonnx if file_format == "qonnx" else export_qcdq)(network, example, out, metadata=metadata, dynamo=dynamo)
         if plot:
             plot_ranges(calibrated_network(run_dir), network, plot)
-    click.echo(f"{out}: {student.network}, W{student.weight_bit_width}A{student.act_bit_width}, {student.activations} activations, "
+    click.echo(f"{out}: {student.network}, {student.quantization.bits}, {student.quantization.activations} activations, "
                f"{file_format}")
 
 

@@ -10,6 +10,7 @@ from benchmarks.export_ladder import LADDER_FIELDS, ladder_table, rungs_of_run
 from granq_plugin.cli import run as granq
 from granq_plugin.deploy import bake, clear_ties
 from zoo.data import ImageSet
+from zoo.quantization import Quantization
 from zoo.registry import get_card
 from zoo.students import ACTIVATIONS, Student, calibrated_network, calibrator, load_run
 
@@ -36,7 +37,8 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_a_run_is_found_again(runs, kind):
     student, network, run = load_run(runs / kind)
-    assert student == Student(NAME, 3, 4, "per-output-channel-symmetric" if kind == "folded" else "per-output-channel", kind)
+    assert student == Student(
+        NAME, Quantization(3, 4, "per-output-channel-symmetric" if kind == "folded" else "per-output-channel", kind))
     assert len(run["teacher_weights_sha256"]) == 64 and (run["images_sha256"] is None) == (kind != "folded")
     x = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
@@ -53,7 +55,7 @@ def test_what_is_deployed_is_what_was_trained_cleared_of_ties(runs):
     student, network, _ = load_run(runs / "folded")
     trained = student.build(get_card(NAME).build(), lambda prepared: calibrated_network(runs / "folded"))
     trained.load_state_dict(torch.load(runs / "folded" / "checkpoint.pt", weights_only=True)["student"])
-    deployed = student.deployed(trained)
+    deployed = student.quantization.deployed(trained, student.example_input())
     assert deployed.state_dict().keys() == network.state_dict().keys()
     assert all(torch.equal(v, network.state_dict()[k]) for k, v in deployed.state_dict().items() if isinstance(v, torch.Tensor))
     cleared, layers = clear_ties(bake(trained), student.example_input())
@@ -61,7 +63,7 @@ def test_what_is_deployed_is_what_was_trained_cleared_of_ties(runs):
     with torch.no_grad():
         x = torch.randn(2, 3, 32, 32)
         assert torch.equal(cleared(x), network(x))
-    assert load_run(runs / "static")[0].deployed(network) is network
+    assert load_run(runs / "static")[0].quantization.deployed(network, student.example_input()) is network
 
 
 def test_rungs_of_the_ladder(runs):
@@ -108,12 +110,12 @@ def test_only_folded_runs_have_a_network_before_folding(runs):
 ])
 def test_students_that_make_no_sense(settings, message):
     with pytest.raises(ValueError) as error:
-        Student(NAME, 3, 3, **settings)
+        Student(NAME, Quantization(3, 3, **settings))
     assert message in str(error.value)
 
 
 def test_folded_students_need_ranges():
-    student = Student(NAME, 4, 4, "per-output-channel-symmetric", "folded")
+    student = Student(NAME, Quantization(4, 4, "per-output-channel-symmetric", "folded"))
     teacher = get_card(NAME).build()
     with pytest.raises(ValueError, match="need ranges first"):
         student.build(teacher)
