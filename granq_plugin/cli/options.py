@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-__all__ = ["BitWidth", "input_errors", "join_ranks", "open_card", "open_device", "settings_from"]
+__all__ = ["BitWidth", "advance", "help_config", "input_errors", "join_ranks", "open_card", "open_device", "settings_from"]
 
 _EXTRAS = dict(hls4ml="hls", tensorboard="tensorboard") | dict.fromkeys(
     ("matplotlib", "safetensors", "sklearn", "torchvision"), "zoo") | dict.fromkeys(
@@ -28,6 +28,27 @@ def input_errors():
         raise click.ClickException(f"the package {package} is missing: pip install 'granq-plugin[{_EXTRAS[package]}]'") from e
     except (ValueError, TypeError, OSError, FloatingPointError) as e:
         raise click.ClickException(" ".join(str(e).split())) from e
+
+
+def help_config(text):
+    """The option ``--help-config``, which prints what ``text()`` returns and exits.
+
+    Args:
+        text: called when it is asked for, so that nothing is imported before.
+    """
+    def show(context: click.Context, _, value: bool) -> None:
+        if value and not context.resilient_parsing:
+            click.echo(text(), nl=False)
+            context.exit()
+    return click.option("--help-config", is_flag=True, is_eager=True, expose_value=False, callback=show,
+                        help="Print presets and all settings, and exit.")
+
+
+def advance(bar, done: int) -> None:
+    """Move a progress bar to ``done`` steps, one more than before; speed and time left of a resumed run count from its first."""
+    if bar.n == 0:
+        bar.initial = bar.n = done - 1
+    bar.update(1)
 
 
 class BitWidth(click.ParamType):

@@ -5,17 +5,15 @@ from pathlib import Path
 
 import click
 
-from granq_plugin.cli.options import BitWidth, input_errors, join_ranks, open_card, open_device, settings_from
+from granq_plugin.cli.options import BitWidth, advance, help_config, input_errors, join_ranks, open_card, open_device, settings_from
 from zoo.quantization import ACTIVATIONS, WEIGHT_REGIMES, Quantization
 
 __all__ = ["qat"]
 
 
-def _help_of_settings(context: click.Context, _, value: bool) -> None:
-    if value and not context.resilient_parsing:
-        from granq_plugin.zero_shot import PRESETS, ZeroShotConfig
-        click.echo(f"presets: {', '.join(PRESETS)}\n\n{ZeroShotConfig().to_toml()}", nl=False)
-        context.exit()
+def _settings_text() -> str:
+    from granq_plugin.zero_shot import PRESETS, ZeroShotConfig
+    return f"presets: {', '.join(PRESETS)}\n\n{ZeroShotConfig().to_toml()}"
 
 
 @click.command()
@@ -37,8 +35,7 @@ def _help_of_settings(context: click.Context, _, value: bool) -> None:
 @click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE",
               help="TOML file of settings that differ from the preset's.")
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="One more setting; may be repeated.")
-@click.option("--help-config", is_flag=True, is_eager=True, expose_value=False, callback=_help_of_settings,
-              help="Print presets and all settings, and exit.")
+@help_config(_settings_text)
 @click.option("--images", "images_file", type=click.Path(path_type=Path), metavar="FILE",
               help="images.safetensors of another run with memory_size: learn from these, without a generator.")
 @click.option("--data", type=click.Path(path_type=Path), metavar="DIR", envvar="GRANQ_DATA", show_envvar=True,
@@ -100,9 +97,7 @@ def qat(name, out, weights, dataset, weight_bits, act_bits, activations, weight_
             writer.add_scalar(key, value, row["iterations"])
 
     def on_iteration(done: int, log: dict) -> None:
-        if bar.n == 0:
-            bar.initial = bar.n = done - 1  # a resumed run: images/s and time left count from here
-        bar.update(1)
+        advance(bar, done)
         if done % 10 == 0:
             bar.set_postfix_str(f"{bar.format_dict['rate'] * config.batch_size if bar.format_dict['rate'] else 0:.0f} img/s, "
                                 f"agreement {float(log['agreement']):.0%}", refresh=False)

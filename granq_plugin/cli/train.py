@@ -1,21 +1,18 @@
 """``granq train-teacher``."""
 
-import json
 import sys
 from pathlib import Path
 
 import click
 
-from granq_plugin.cli.options import input_errors, open_device, settings_from
+from granq_plugin.cli.options import advance, help_config, input_errors, open_device, settings_from
 
 __all__ = ["train_teacher"]
 
 
-def _help_of_settings(context: click.Context, _, value: bool) -> None:
-    if value and not context.resilient_parsing:
-        from zoo.train import TRAIN_PRESETS, TrainConfig
-        click.echo(f"data sets with settings of their own: {', '.join(TRAIN_PRESETS)}\n\n{TrainConfig().to_toml()}", nl=False)
-        context.exit()
+def _settings_text() -> str:
+    from zoo.train import TRAIN_PRESETS, TrainConfig
+    return f"data sets with settings of their own: {', '.join(TRAIN_PRESETS)}\n\n{TrainConfig().to_toml()}"
 
 
 @click.command("train-teacher")
@@ -27,8 +24,7 @@ def _help_of_settings(context: click.Context, _, value: bool) -> None:
 @click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE",
               help="TOML file of settings that differ from the data set's.")
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="One more setting; may be repeated.")
-@click.option("--help-config", is_flag=True, is_eager=True, expose_value=False, callback=_help_of_settings,
-              help="Print all settings, and exit.")
+@help_config(_settings_text)
 @click.option("--holdout", type=click.IntRange(min=1), metavar="N",
               help="For choosing settings: train without N images drawn at random, and print the accuracy on these instead of the "
               "test set's.")
@@ -54,8 +50,8 @@ def train_teacher(name, data, out, config_file, assignments, holdout, resume, de
     import zoo.data
     import zoo.evaluate
     import zoo.train
-    from granq_plugin.atomic import write_text
     from granq_plugin.zero_shot.outcome import save_tensors
+    from granq_plugin.zero_shot.run_directory import add_to_run
 
     with input_errors():
         config = settings_from(zoo.train.train_preset(card.dataset), config_file, assignments)
@@ -73,11 +69,6 @@ def train_teacher(name, data, out, config_file, assignments, holdout, resume, de
     def evaluate(network) -> zoo.evaluate.Accuracy:
         return zoo.evaluate.evaluate(network, judged, card.preprocessing, device=device)
 
-    def on_step(done: int, count: int) -> None:
-        if bar.n == 0:
-            bar.initial = bar.n = done - 1  # a resumed run: time left counts from here
-        bar.update(1)
-
     def on_epoch(row: dict) -> None:
         bar.write(f"epoch {row['epoch']}/{config.epochs}  size {row['image_size']}  loss {row['loss']:.3f}  "
                   f"training accuracy {row['train_accuracy']:.1f} %  {row['images_per_second']:.0f} img/s", file=sys.stderr)
@@ -85,14 +76,14 @@ def train_teacher(name, data, out, config_file, assignments, holdout, resume, de
     total = config.epochs * (len(images) // config.batch_size)
     with tqdm(total=total, unit="step", mininterval=1) as bar, input_errors():
         zoo.train.train_teacher(
-            model, images, card.preprocessing, config, run_dir=out, resume=resume, on_step=on_step, on_epoch=on_epoch)
+            model, images, card.preprocessing, config, run_dir=out, resume=resume,
+            on_step=lambda done, _: advance(bar, done), on_epoch=on_epoch)
     accuracy = evaluate(model)
     with input_errors():
         summary = dict(
             network=name, dataset=card.dataset, teacher_sha256=save_tensors(out / "teacher.safetensors", model.state_dict()),
             images="held-out training" if holdout else "test", **{f"{'holdout' if holdout else 'test'}_images": len(judged)},
             top1=accuracy.top1, top5=accuracy.top5, command=" ".join(["granq", *sys.argv[1:]]))
-        entries = json.loads((out / "run.json").read_text(encoding="utf-8")) | summary
-        write_text(out / "run.json", json.dumps(entries, indent=2) + "\n")
+        add_to_run(out, summary)
     click.echo(f"{name}: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % on {len(judged)} {summary['images']} images "
                f"(last of {config.epochs} epochs)\n  {out}/teacher.safetensors")

@@ -1,15 +1,15 @@
 """What a finished run leaves beside its log: the student, its images, pictures, and a summary."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from granq_plugin.atomic import atomic_path, write_text
+from granq_plugin.atomic import atomic_path
 from granq_plugin.zero_shot.plots import plot_curves, plot_images
 from granq_plugin.zero_shot.recipe import ZeroShotResult
+from granq_plugin.zero_shot.run_directory import add_to_run
 
 __all__ = ["save_outcome", "save_tensors"]
 
@@ -33,8 +33,7 @@ def save_outcome(
     if len(samples):
         plot_images(samples, run_dir / "images.png", mean, std)
     plot_curves(result.metrics, run_dir / "curves.png")
-    entries = json.loads((run_dir / "run.json").read_text(encoding="utf-8")) | summary | dict(student_sha256=sha256)
-    write_text(run_dir / "run.json", json.dumps(entries, indent=2) + "\n")
+    add_to_run(run_dir, summary | dict(student_sha256=sha256))
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:

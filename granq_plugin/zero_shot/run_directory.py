@@ -15,7 +15,7 @@ from granq_plugin.atomic import atomic_path, write_text
 from granq_plugin.settings import Settings
 from granq_plugin.zero_shot import parallel
 
-__all__ = ["RunDirectory", "fingerprint"]
+__all__ = ["RunDirectory", "add_to_run", "fingerprint"]
 
 # They say how often to save and how to compute, not what: a resumed run may change them.
 _FREE_SETTINGS = ("checkpoint_every", )
@@ -107,3 +107,10 @@ class RunDirectory:
         writer.writeheader()
         writer.writerows(rows)
         write_text(self.path / "metrics.csv", text.getvalue())
+
+
+def add_to_run(path: str | Path, entries: dict) -> None:
+    """Add plain values to the ``run.json`` of a run's folder. Raises an OSError if it cannot be read or written."""
+    file = Path(path) / "run.json"
+    known = json.loads(file.read_text(encoding="utf-8"))
+    write_text(file, json.dumps(known | entries, indent=2) + "\n")
