@@ -33,11 +33,10 @@ def affine_quantize(
 
 
 def _mask_size(layout: Layout) -> int:
-    """Bytes of a mask: a bit for each value, padded by row or channel as in granq.cpp."""
+    """Bytes of a mask: a bit for each value, 16 to a vector of the kernel, by row or pixel."""
     samples, outer, channels, inner = layout[:4]
-    if outer == 1 and inner != 1:
-        return samples * channels * (-(-inner // 128) * 16)
-    return samples * (-(-outer // 8)) * channels
+    rows, n = (samples * channels, inner) if outer == 1 and inner != 1 else (samples * outer, channels)
+    return 2 * rows * -(-n // 16)
 
 
 def _pointer(t: Tensor | None) -> int | None:
