@@ -64,6 +64,8 @@ def check_bit_width(bit_width) -> int:
     Raises:
         TypeError: if it is not a number. ValueError: if it is not a whole number from 1 to 16.
     """
+    if type(bit_width) is int and 1 <= bit_width <= MAX_BIT_WIDTH:
+        return bit_width
     if isinstance(bit_width, Tensor) and bit_width.numel() == 1:
         bit_width = bit_width.item()
     allowed = f"a whole number from 1 to {MAX_BIT_WIDTH}"

@@ -35,6 +35,11 @@ class GranQBase(nn.Module):
         self.msb_clamp_bit_width_impl = BitWidthConst(self.bit_width)
         self.observer_only = False
 
+    @property
+    def bits(self) -> Tensor:
+        """The bit width as Brevitas keeps it, a 0-d float tensor."""
+        return self.msb_clamp_bit_width_impl.bit_width.value  # its forward() costs as much as a small quantization
+
 
 class ActClamp(nn.Module):
     """Clamp to ``[min_val, max_val]``, either of which may be None: Brevitas leaves the clamping of HardTanh and of

@@ -36,7 +36,7 @@ class MinMaxWeightQuant(GranQBase):
         self.signed = signed
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        bit_width = self.msb_clamp_bit_width_impl()
+        bit_width = self.bits
         axes = [d for d in range(x.dim()) if d != self.output_channel_dim % x.dim()]
         w = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         scale, zero_point = GF.affine_params(
@@ -55,4 +55,4 @@ class PerKernelGranQ(GranQBase):
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return *kernels.granq(x, self.bit_width), self.msb_clamp_bit_width_impl()
+        return *kernels.granq(x, self.bit_width), self.bits

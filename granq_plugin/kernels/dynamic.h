@@ -91,11 +91,10 @@ void rows(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, const W* al
             each_vector(n, [&](int64_t i, int64_t k) {
                 V v = load(in + i);
                 if (B == AFFINE_CLAMP) v = bn(v);
-                if (MASK) bits[k] = bits_of(steps.passes(v));
-                v = steps.template clamp<B>(v);
+                if (MASK) bits[k] = steps.passes(v);
                 l = least(l, v), h = greatest(h, v), sum += v;
             });
-            lo[g] = l, hi[g] = h, sums += sum;
+            lo[g] = steps.template clamp<B>(l), hi[g] = steps.template clamp<B>(h), sums += sum;  // clamping keeps the order
         }
         // 16 vectors of minima become one with the minimum of each row; all 16 grids are then computed together
         for (int half = L / 2; half; half /= 2)
@@ -143,7 +142,7 @@ void column_block(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, con
                   int64_t n, int64_t channels, double levels, const Steps& steps) {
     V lo[N], hi[N], sum[N];
     Affine bn[N];
-    const auto span = [&](int b) { return Columns((from + b) * L, channels); };
+    const auto span = [&](int b) { return Columns<(N > 1)>((from + b) * L, channels); };
     for (int b = 0; b < N; b++) {
         if (B == AFFINE_CLAMP) bn[b] = {span(b).read(alpha), span(b).read(beta)};
         lo[b] = all(std::numeric_limits<W>::infinity()), hi[b] = -lo[b], sum[b] = V{};
@@ -153,12 +152,12 @@ void column_block(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, con
         for (int b = 0; b < N; b++) {
             V v = span(b).read(x + i * channels);
             if (B == AFFINE_CLAMP) v = bn[b](v);
-            if (MASK) mask[i * vectors_in(channels) + from + b] = bits_of(steps.passes(v));
-            v = steps.template clamp<B>(v);
+            if (MASK) mask[i * vectors_in(channels) + from + b] = steps.passes(v);
             lo[b] = least(lo[b], v), hi[b] = greatest(hi[b], v), sum[b] += v;
         }
     Grid grids[N];
     for (int b = 0; b < N; b++) {
+        lo[b] = steps.template clamp<B>(lo[b]), hi[b] = steps.template clamp<B>(hi[b]);
         VI nan{};
         if (bits_of(sum[b] != sum[b]))  // as in rows
             for (int64_t i = 0; i < n; i++) {

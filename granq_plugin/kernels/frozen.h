@@ -14,13 +14,13 @@ struct Frozen {
         q = q < low ? all(low) : q;
         return (q - zero_point) * scale;
     }
-    inline VI passes(V q) const { return ~((q > high) | (q < low)); }
+    inline uint16_t passes(V q) const { return bits_between<false>(q, all(low), all(high)); }
 };
 
 // One vector: its value on the grid, and its bits
 template <int B, bool MASK> inline V frozen_value(V v, const Frozen& frozen, const Steps& steps, uint16_t* bits) {
     const V q = frozen.integers(steps.template clamp<B>(v));
-    if (MASK) *bits = bits_of(B == CLAMP ? frozen.passes(q) & steps.passes(v) : frozen.passes(q));
+    if (MASK) *bits = B == CLAMP ? frozen.passes(q) & steps.passes(v) : frozen.passes(q);
     return frozen.value(q);
 }
 
@@ -48,7 +48,7 @@ void frozen_columns(const T* x, T* y, uint16_t* mask, const W* scale, const W* z
         const int64_t to = from + PIXELS < pixels ? from + PIXELS : pixels;
         const Steps steps(limits);
         for (int64_t at = 0; at < s.channels; at += L) {
-            const Columns columns(at, s.channels);
+            const Columns<false> columns(at, s.channels);
             const Frozen frozen{columns.read(scale), columns.read(zero_point), lowest, highest};
             for (int64_t i = from; i < to; i++)
                 columns.write(y + i * s.channels, frozen_value<B, MASK>(
@@ -81,7 +81,7 @@ void backward_columns(const T* grad, const uint16_t* mask, T* out, const W* scal
     for (int64_t from = 0; from < pixels; from += PIXELS) {
         const int64_t to = from + PIXELS < pixels ? from + PIXELS : pixels;
         for (int64_t at = 0; at < s.channels; at += L) {
-            const Columns columns(at, s.channels);
+            const Columns<false> columns(at, s.channels);
             const V by = SCALED ? columns.read(scale) : V{};
             for (int64_t i = from; i < to; i++)
                 columns.write(out + i * s.channels, back<SCALED>(columns.read(grad + i * s.channels), mask[i * vectors + at / L], by));

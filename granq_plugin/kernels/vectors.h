@@ -110,6 +110,18 @@ inline uint16_t bits_of(VI lanes) {
     for (int j = 0; j < L; j++) bits |= uint16_t((lanes[j] & 1) << j);
     return bits;
 }
+// Of the lanes that are not below low and not above high (STRICT: nor equal to them). NaN is neither.
+template <bool STRICT> inline uint16_t bits_between(V v, V low, V high) {
+#ifdef __AVX512F__
+    if (sizeof(W) == 4) {
+        __m512 x, l, h;
+        std::memcpy(&x, &v, sizeof(x)), std::memcpy(&l, &low, sizeof(x)), std::memcpy(&h, &high, sizeof(x));
+        const __mmask16 above = _mm512_cmp_ps_mask(x, l, STRICT ? _CMP_NLE_UQ : _CMP_NLT_UQ);
+        return _mm512_mask_cmp_ps_mask(above, x, h, STRICT ? _CMP_NGE_UQ : _CMP_NGT_UQ);
+    }
+#endif
+    return bits_of(STRICT ? ~((v <= low) | (v >= high)) : ~((v < low) | (v > high)));
+}
 inline VI lanes_of(uint16_t bits) {
     const VI own{1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 4, 1 << 5, 1 << 6, 1 << 7,
                  1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
@@ -151,15 +163,15 @@ struct Affine {
 
 struct Steps {  // of one vector on its way to the range and to the grid
     V low, high, above, below;
-    VI nan;
+    bool nan;
     explicit Steps(const Limits& l)
-        : low(all(W(l.low))), high(all(W(l.high))), above(all(W(l.above))), below(all(W(l.below))), nan(VI{} - I(l.nan)) {}
+        : low(all(W(l.low))), high(all(W(l.high))), above(all(W(l.above))), below(all(W(l.below))), nan(l.nan) {}
     template <int B> inline V clamp(V v) const {
         if (B == NOTHING) return v;
         v = v < low ? low : v;  // NaN stays
         return v > high ? high : v;
     }
-    inline VI passes(V v) const { return ~((v <= above) | (v >= below)) & ((v == v) | nan); }
+    inline uint16_t passes(V v) const { return bits_between<true>(v, above, below) & (nan ? 0xffff : bits_of(v == v)); }
 };
 
 struct Shape { int64_t samples, outer, channels, inner; };
@@ -188,12 +200,13 @@ template <class F> inline void map_row(const T* x, T* y, int64_t n, F f) {
     each_vector(n, [&](int64_t i, int64_t k) { store(y + i, f(load(x + i), k)); });
 }
 
-struct Columns {  // one vector of channels; the last, too, overlaps the one before
+// One vector of channels; the last, too, overlaps the one before. WIDE: there are 16 channels or more, as is known at compile time.
+template <bool WIDE> struct Columns {
     int64_t at, channels;
     Columns(int64_t from, int64_t n) : at(from + L <= n || n < L ? from : n - L), channels(n) {}
-    template <class U> inline V read(const U* x) const { return __builtin_expect(channels >= L, 1) ? load(x + at) : load_part(x, channels); }
+    template <class U> inline V read(const U* x) const { return WIDE || __builtin_expect(channels >= L, 1) ? load(x + at) : load_part(x, channels); }
     template <class U> inline void write(U* y, V v) const {
-        __builtin_expect(channels >= L, 1) ? store(y + at, v) : store_part(y, channels, v);
+        WIDE || __builtin_expect(channels >= L, 1) ? store(y + at, v) : store_part(y, channels, v);
     }
 };
 
