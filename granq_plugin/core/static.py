@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from granq_plugin import functional as GF
 from granq_plugin import kernels
-from granq_plugin.core.base import ActClamp, GranQBase, has_stock_arithmetic
+from granq_plugin.core.base import ActClamp, GranQBase
+from granq_plugin.core.int_quant import has_stock_arithmetic
 from granq_plugin.core.ranges import CollectedRange
 
 __all__ = ["StaticGranQ"]

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from granq_plugin import functional as GF
 from granq_plugin import kernels
-from granq_plugin.core.base import GranQBase, has_stock_arithmetic
+from granq_plugin.core.base import GranQBase
+from granq_plugin.core.int_quant import has_stock_arithmetic
 
 __all__ = ["MinMaxWeightQuant", "PerKernelGranQ"]
 

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import brevitas.nn as qnn
 import torch
+from brevitas import config
+from brevitas.core.quant import IntQuant
 from brevitas.graph.utils import set_module
 from brevitas.quant import Int8ActPerTensorFloat, Uint8ActPerTensorFloat
 from torch import Tensor, fx, nn
@@ -12,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from granq_plugin.convert import copy_model
+from granq_plugin.core.int_quant import FusedIntQuant
 from granq_plugin.core.proxy import GranQDynamicActProxy, GranQStaticActProxy
 from granq_plugin.deploy.graph import ChannelRescale, Role, TracedModel, trace_quantized
 from granq_plugin.deploy.units import Units, along, assign_units
@@ -204,8 +207,9 @@ def _folded_activation(layer: nn.Module) -> nn.Module:
     fused = proxy.fused_activation_quant_proxy
     low, high = _integer_range(proxy)
     layer_class = qnn.QuantReLU if isinstance(fused.activation_impl, nn.ReLU) else qnn.QuantIdentity
+    quantizer = Int8ActPerTensorFloat if proxy.is_signed else Uint8ActPerTensorFloat
     folded = layer_class(
-        act_quant=Int8ActPerTensorFloat if proxy.is_signed else Uint8ActPerTensorFloat, bit_width=fused.tensor_quant.bit_width,
+        act_quant=quantizer.let(int_quant=IntQuant if config.JIT_ENABLED else FusedIntQuant), bit_width=fused.tensor_quant.bit_width,
         scaling_impl_type="const", scaling_init=float(max(-low, high)), return_quant_tensor=layer.return_quant_tensor,
         **(dict(narrow_range=True) if proxy.is_narrow_range else {}))
     return folded.train(layer.training).to(next(proxy.buffers()).device)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from granq_plugin import functional as GF
 from granq_plugin.functional import GranQResult
 from granq_plugin.kernels import compiled, native
-from granq_plugin.kernels.layout import IDENTITY, Before, Layout, layout_of, static_layout_of
+from granq_plugin.kernels.layout import IDENTITY, Before, Layout, layout_of, static_layout_of, whole_layout_of
 
 __all__ = ["BACKENDS", "IDENTITY", "Before", "affine_quantize", "backend", "granq", "granq_batch_norm", "is_observed",
            "why_not_compiled"]
@@ -158,13 +158,13 @@ def affine_quantize(
     """:func:`granq_plugin.functional.affine_quantize` of ``before.apply(x)`` in one pass: frozen ranges, and weights.
 
     Args:
-        x, scale, zero_point, limits: see there; scale and zero_point with one element per channel.
+        x, scale, zero_point, limits: see there; scale and zero_point with one element per channel, or one for all.
         channel_axis: where the channels stand. before: a ReLU and a clamp to do first.
 
     Returns:
         As there. Keeps one bit of each value for the backward.
     """
-    chosen, layout = _choose(x, channel_axis, static_layout_of)
+    chosen, layout = _choose(x, channel_axis, static_layout_of if scale.numel() != 1 else whole_layout_of)
     if chosen == "compiled":
         wide = torch.promote_types(x.dtype, torch.float32)
         if all(t.dtype == wide and t.is_cpu and t.is_contiguous() and t.numel() == layout.channels for t in (scale, zero_point)):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["IDENTITY", "Before", "Layout", "layout_of", "static_layout_of"]
+__all__ = ["IDENTITY", "Before", "Layout", "layout_of", "static_layout_of", "whole_layout_of"]
 
 
 class Layout(NamedTuple):
@@ -33,6 +33,11 @@ def layout_of(x: Tensor, channel_axis: int) -> Layout | None:
 def static_layout_of(x: Tensor, channel_axis: int) -> Layout | None:
     """The layout of a dense tensor with one range per channel over all samples; None for any other."""
     return _static_layout(x.shape, x.stride(), channel_axis)
+
+
+def whole_layout_of(x: Tensor, channel_axis: int) -> Layout | None:
+    """The layout of a dense tensor with one range for all values, as a row for each sample; None for any other."""
+    return _whole_layout(x.shape, x.stride())
 
 
 @lru_cache(maxsize=1024)
@@ -66,6 +71,12 @@ def _static_layout(shape: torch.Size, strides: tuple[int, ...], channel_axis: in
         samples, inner = (1, math.prod(shape[1:])) if axis == 0 else (math.prod(shape) // shape[1], 1)
     outer, samples = (samples, 1) if inner == 1 else (1, samples)
     return Layout(samples, outer, shape[axis], inner, memory_format, ())
+
+
+@lru_cache(maxsize=1024)
+def _whole_layout(shape: torch.Size, strides: tuple[int, ...]) -> Layout | None:
+    memory_format = _memory_format(shape, strides)
+    return Layout(shape[0], 1, 1, math.prod(shape[1:]), memory_format, ()) if memory_format and shape else None
 
 
 def _memory_format(shape: torch.Size, strides: tuple[int, ...]) -> torch.memory_format | None:
