@@ -79,11 +79,11 @@ def load_run(run_dir: str | Path) -> tuple[Student, nn.Module, dict]:
             raise FileNotFoundError(f"{str(folder)!r} holds no finished run of granq qat: there is no {name}")
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        student = Student(run["network"], Quantization(**{f.name: run[f.name] for f in fields(Quantization)}))
+        student = Student(run["network"], Quantization(**{f.name: run[f.name] for f in fields(Quantization) if f.name in run}))
         if student.network == "card.toml":  # of the user's own network, kept in the run's folder
             student = replace(student, network=str(folder / "card.toml"))
         expected = run["student_sha256"]
-    except (json.JSONDecodeError, KeyError) as e:
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
         raise ValueError(f"{str(folder / 'run.json')!r} is not what granq qat writes: {e!r}") from e
     if sha256(folder / "student.safetensors") != expected:
         raise ValueError(f"{str(folder / 'student.safetensors')!r} does not have the SHA-256 that run.json names: it is damaged or "
