@@ -97,7 +97,8 @@ class Quantization:
             act_quant = gq.GranQActPerChannel
             if self.activations == "static":
                 act_quant = gq.GranQActPerChannelStatic.let(learned_scale=self.learned_scale)
-            return gq.quantize(teacher, self.weight_bit_width, self.act_bit_width, weight_quant=self.weight_quant, act_quant=act_quant)
+            return gq.quantize(
+                teacher, self.weight_bit_width, self.act_bit_width, weight_quant=self.weight_quant, act_quant=act_quant)
         if calibrate is None:
             raise ValueError("folded activations need ranges first: images of another run, or calibration data")
         from granq_plugin.deploy import fold
