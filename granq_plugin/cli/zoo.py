@@ -154,7 +154,7 @@ def table(readme, plots, zoo_dir) -> None:
 
     \b
     Example:
-      granq zoo table --readme README.md --plots benchmarks/results
+      granq zoo table --readme docs/results.md --plots benchmarks/results
     """
     with input_errors():
         from zoo import get_card, list_models
