@@ -66,8 +66,8 @@ def speeds(quantizer: list[dict], recipe: list[dict], evaluate: list[dict], ladd
     return [
         f"Exported files ({len(files)}, in onnxruntime): the torch network's top-1 class on {same:,} of {of:,} images.",
         f"On the CPU, the activation quantizer's forward is {min(faster):.0f} to {max(faster):.0f} times as fast as Brevitas's "
-        f"dynamic one per tensor; zero-shot QAT {min(loops):.1f} to {max(loops):.1f} times as fast as the published loop; a dynamic "
-        f"network evaluates {min(shares):.0f} to {max(shares):.0f} % of the images per second of its float one."]
+        f"dynamic one per tensor; zero-shot QAT {min(loops):.1f} to {max(loops):.1f} times as fast as the published loop; a "
+        f"dynamic network evaluates {min(shares):.0f} to {max(shares):.0f} % of the images per second of its float one."]
 
 
 def current() -> str:
