@@ -4,8 +4,8 @@
 
 RUN_DIR is a run of ``granq qat`` with a memory; its network, bit widths and regime are taken. A switch is judged by the agreement
 of student and teacher on unlabelled natural images that neither network was trained or is tested on (``--judge``, an ``.npz``
-file); ``--data`` also prints test accuracy, which decides nothing. Writes ``benchmarks/results/ablation.csv`` and the README's
-table; with ``--only``, the other rows stay as they were.
+file); ``--data`` also prints test accuracy, which decides nothing. Writes ``benchmarks/results/ablation.csv`` and its
+table in docs/results.md; with ``--only``, the other rows stay as they were.
 """
 
 import time

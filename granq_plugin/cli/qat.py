@@ -5,7 +5,18 @@ from pathlib import Path
 
 import click
 
-from granq_plugin.cli.options import BitWidth, advance, help_config, input_errors, join_ranks, open_card, open_device, settings_from
+from granq_plugin.cli.options import (
+    BitWidth,
+    advance,
+    complete_names,
+    complete_presets,
+    help_config,
+    input_errors,
+    join_ranks,
+    open_card,
+    open_device,
+    settings_from,
+)
 from zoo.quantization import ACTIVATIONS, WEIGHT_RANGE_MODES, WEIGHT_REGIMES, Quantization
 
 __all__ = ["qat"]
@@ -17,7 +28,7 @@ def _settings_text() -> str:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_names(float_only=True))
 @click.option("--out", type=click.Path(path_type=Path), metavar="RUN_DIR", required=True,
               help="Folder for everything that the run leaves; a new one, or with --resume that of the same run.")
 @click.option("--weights", type=click.Path(path_type=Path), metavar="FILE",
@@ -33,7 +44,8 @@ def _settings_text() -> str:
 @click.option("--weight-range", type=click.Choice(WEIGHT_RANGE_MODES), default="minmax", show_default=True,
               help="Ranges of the weights: minmax, the paper's, or mse, of least squared error, which clips outliers.")
 @click.option("--learned-scale", is_flag=True, help="With static activations: frozen scales go on learning.")
-@click.option("--preset", "preset_name", metavar="NAME", help="Named settings  [default: the card's, or the data set's fast ones].")
+@click.option("--preset", "preset_name", metavar="NAME", shell_complete=complete_presets,
+              help="Named settings  [default: the card's, or the data set's fast ones].")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE",
               help="TOML file of settings that differ from the preset's.")
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="One more setting; may be repeated.")
