@@ -58,11 +58,14 @@ def train_teacher(name, data, out, config_file, assignments, holdout, resume, de
         if threads:
             torch.set_num_threads(threads)
         device = open_device(device)
-        images = zoo.data.load_images(data, card.dataset, "train")
+        images = zoo.data.in_memory(zoo.data.load_images(data, card.dataset, "train", card=card))
         if holdout:
             images, judged = images.split(holdout, config.seed)
         else:
-            judged = zoo.data.load_images(data, card.dataset)
+            judged = zoo.data.load_images(data, card.dataset, card=card)
+            if card.dataset not in zoo.data.BUNDLED and judged.source == images.source:
+                raise ValueError(f"{images.source!r} has no test images beside those to train on: give --holdout N, or sort them "
+                                 "into train/CLASS and test/CLASS")
         torch.manual_seed(config.seed)
         model = card.build().to(device)
 
