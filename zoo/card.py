@@ -70,6 +70,7 @@ class Preprocessing:
 DATASETS = {
     "cifar10": (10, Preprocessing(32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))),
     "cifar100": (100, Preprocessing(32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))),
+    "digits": (10, Preprocessing(8, (0.3054, ), (0.3753, ))),
     "imagenet": (1000, Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=256)),
 }
 """Classes and usual preprocessing, for networks without a card: channel statistics of the training images; torchvision's."""

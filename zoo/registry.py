@@ -15,6 +15,8 @@ from zoo.card import DATASETS, Card
 if TYPE_CHECKING:  # the command line reads this file without torch
     from torch import nn
 
+    from zoo.packing import Packed
+
 __all__ = ["Card", "card_of", "get_card", "get_model", "list_models", "read_weights", "teacher_of"]
 
 def _root(zoo_dir: str | Path | None):
@@ -146,18 +148,29 @@ def from_bytes(card: Card, data: bytes) -> nn.Module:
     """
     from zoo.packing import read_packed
     packed = read_packed(data)
-
-    def calibrate(prepared: nn.Module) -> nn.Module:
-        state = prepared.state_dict()
-        absent = [k for k in state if "scaling_impl" in k and k not in packed.calibrated]
-        if absent:
-            raise ValueError(f"weights of {card.name!r} are of another network: they hold no {absent[0]}")
-        prepared.load_state_dict(state | packed.calibrated)
-        return prepared.eval()
     model = card.build()
     if card.quantization is not None:
-        model = quantized(card, model, calibrate)
+        model = quantized(card, model, lambda prepared: _with_ranges(card, prepared, packed))
     return packed.install(model)
+
+
+def calibrated_from_bytes(card: Card, data: bytes) -> nn.Module:
+    """Of a folded entry: the static network before folding, with the ranges of a file and fresh weights.
+
+    Raises:
+        ValueError: as :func:`from_bytes`.
+    """
+    from zoo.packing import read_packed
+    return _with_ranges(card, card.quantization.prepared(card.build(), card.example_input()), read_packed(data))
+
+
+def _with_ranges(card: Card, prepared: nn.Module, packed: Packed) -> nn.Module:
+    state = prepared.state_dict()
+    absent = [k for k in state if "scaling_impl" in k and k not in packed.calibrated]
+    if absent:
+        raise ValueError(f"weights of {card.name!r} are of another network: they hold no {absent[0]}")
+    prepared.load_state_dict(state | packed.calibrated)
+    return prepared.eval()
 
 
 def quantized(card: Card, model: nn.Module, calibrate: Callable[[nn.Module], nn.Module] | None = None) -> nn.Module:
