@@ -1,6 +1,6 @@
 """Brevitas's ``IntQuant``, and when a kernel may take its place."""
 
-from brevitas.core.function_wrapper import Identity, RoundSte, TensorClamp
+from brevitas.core.function_wrapper import Identity, RoundSte, TensorClamp, TensorClampSte
 from brevitas.core.quant import IntQuant
 from brevitas.core.quant.delay import _NoDelay
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from granq_plugin import functional as GF
 from granq_plugin import kernels
 
-__all__ = ["FusedIntQuant", "has_stock_arithmetic"]
+__all__ = ["FusedIntQuant", "clamps_straight_through", "has_stock_arithmetic"]
 
 
 class FusedIntQuant(IntQuant):
@@ -33,6 +33,15 @@ class FusedIntQuant(IntQuant):
 
 def has_stock_arithmetic(int_quant: nn.Module) -> bool:
     """Whether an IntQuant rounds half to even, clamps with TensorClamp and does nothing else, so that a kernel may replace it."""
+    return _rounds_and_clamps_with(TensorClamp, int_quant)
+
+
+def clamps_straight_through(int_quant: nn.Module) -> bool:
+    """As :func:`has_stock_arithmetic`, but with TensorClampSte: the gradient passes where the clamp binds, too."""
+    return _rounds_and_clamps_with(TensorClampSte, int_quant)
+
+
+def _rounds_and_clamps_with(clamp: type, int_quant: nn.Module) -> bool:
     return (type(int_quant) in (IntQuant, FusedIntQuant) and type(int_quant.float_to_int_impl) is RoundSte
-            and type(int_quant.tensor_clamp_impl) is TensorClamp and type(int_quant.input_view_impl) is Identity
+            and type(int_quant.tensor_clamp_impl) is clamp and type(int_quant.input_view_impl) is Identity
             and type(int_quant.delay_wrapper.delay_impl) is _NoDelay)
