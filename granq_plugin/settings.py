@@ -4,14 +4,10 @@ import dataclasses
 import difflib
 import json
 import math
-import sys
 from pathlib import Path
 from typing import TypeVar, get_args, get_origin
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from granq_plugin.reading import parse_toml, read_text
 
 __all__ = ["Settings", "setting"]
 
@@ -58,17 +54,14 @@ class Settings:
         Raises:
             ValueError: for text that is not TOML, and for an unknown setting, with the nearest known one.
         """
-        try:
-            settings = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as e:
-            raise ValueError(f"not a TOML file of settings: {e}") from e
-        return (base or cls()).replace(**settings)
+        return (base or cls()).replace(**parse_toml(text))
 
     @classmethod
     def from_file(cls: type[S], path: str | Path, base: S | None = None) -> S:
-        """As :meth:`from_toml`, of a file; errors name it."""
+        """As :meth:`from_toml`, of a file; errors name it. Raises a FileNotFoundError, too."""
+        text = read_text(path)
         try:
-            return cls.from_toml(Path(path).read_text(encoding="utf-8"), base)
+            return cls.from_toml(text, base)
         except (ValueError, TypeError) as e:
             raise type(e)(f"{str(path)!r}: {e}") from e
 
@@ -99,6 +92,8 @@ def _checked_item(name: str, kind: type, value, allowed):
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
     if above is not None and value <= above:
         raise ValueError(f"{name} must be above {above}, got {value!r}")
+    if most is None and kind is int:
+        most = 2**63 - 1  # what torch takes
     if most is not None and value > most:
         raise ValueError(f"{name} must be at most {most}, got {value!r}")
     return value

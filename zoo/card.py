@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
+from granq_plugin.reading import parse_toml
 from zoo.quantization import Quantization
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 if TYPE_CHECKING:  # the command line reads this file without torch
     from torch import Tensor, nn
 
 __all__ = ["DATASETS", "Card", "Costs", "Preprocessing", "Results", "Teacher", "Training", "Weights"]
+
+MOST_SIZE, MOST_CHANNELS, MOST_CLASSES = 2**12, 2**8, 2**17
+"""A card's sizes are bounded before anything is allocated."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,10 @@ class Preprocessing:
     interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
-        if self.image_size < 1 or (self.resize is not None and self.resize < self.image_size):
-            raise ValueError(f"image_size must be at least 1 and at most resize, got {self.image_size} and {self.resize}")
+        if not 1 <= self.image_size <= (MOST_SIZE if self.resize is None else self.resize) <= MOST_SIZE:
+            raise ValueError(f"image_size must be 1 to {MOST_SIZE} and at most resize, got {self.image_size} and {self.resize}")
+        if len(self.mean) > MOST_CHANNELS:
+            raise ValueError(f"mean and std have at most {MOST_CHANNELS} channels, got {len(self.mean)}")
         if not len(self.mean) == len(self.std) > 0 or min(self.std) <= 0:
             raise ValueError(f"mean and std must be equally long lists, std above 0, got {self.mean} and {self.std}")
         if self.interpolation not in ("bilinear", "bicubic"):
@@ -146,7 +148,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Card:
-    """One zoo entry.
+    """One zoo entry. It names code: :meth:`build` imports and calls it, so a stranger's card is a stranger's program.
 
     Attributes:
         name: the card's file name. architecture: ``module:function``, called with ``num_classes`` and ``architecture_args``.
@@ -176,8 +178,8 @@ class Card:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.architecture):
             raise ValueError(f"architecture must be module:function, got {self.architecture!r}")
-        if self.num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {self.num_classes}")
+        if not 1 <= self.num_classes <= MOST_CLASSES:
+            raise ValueError(f"num_classes must be 1 to {MOST_CLASSES}, got {self.num_classes}")
         for part in (self.teacher, self.weights):
             digest = getattr(part, "sha256", None)
             if digest is not None and not re.fullmatch("[0-9a-f]{64}", digest):
@@ -189,11 +191,11 @@ class Card:
     def from_toml(cls, name: str, text: str) -> Card:
         """Parse a card. Raises a ValueError that names the card and what is wrong with it."""
         try:
-            entries = tomllib.loads(text)
+            entries = parse_toml(text)
             if "name" in entries:
                 raise ValueError("unknown entry name: the file's name is the entry's")
             return _parsed(cls, entries | {"name": name}, "")
-        except (tomllib.TOMLDecodeError, ValueError, TypeError) as e:
+        except (ValueError, TypeError) as e:
             raise ValueError(f"zoo card {name!r} is malformed: {e}") from e
 
     def to_toml(self) -> str:
@@ -219,11 +221,16 @@ class Card:
         """
         import torch
         module, function = self.architecture.split(":")
+        if module.split(".")[0] in {*sys.stdlib_module_names, "torch"}:  # not even imported: networks are elsewhere
+            raise ValueError(f"zoo entry {self.name!r}: there is no network in {module!r}")
         try:
             found = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError) as e:
             raise ValueError(f"zoo entry {self.name!r}: there is no {self.architecture!r}: {e}") from e
-        network = found(num_classes=self.num_classes, **self.architecture_args)
+        try:
+            network = found(num_classes=self.num_classes, **self.architecture_args)
+        except TypeError as e:
+            raise ValueError(f"zoo entry {self.name!r}: {self.architecture!r} does not take these arguments: {e}") from e
         if not isinstance(network, torch.nn.Module) or isinstance(network, torch.jit.ScriptModule):
             raise ValueError(f"zoo entry {self.name!r}: {self.architecture!r} must return a torch.nn.Module, and no TorchScript; "
                              f"got {type(network).__name__}")

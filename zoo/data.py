@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from granq_plugin.reading import existing_file, reason_of
 from zoo.card import DATASETS, Card
 
 if TYPE_CHECKING:
@@ -22,6 +24,11 @@ BUNDLED = ("digits", )
 """Data sets that come with a package of the ``zoo`` extra: no folder is needed."""
 
 _TORCHVISION = {"cifar10": ("CIFAR10", "cifar-10-batches-py"), "cifar100": ("CIFAR100", "cifar-100-python")}
+
+
+_SMALL = 2**28
+_MOST_COMPRESSED = 20
+"""An archive of more than _SMALL bytes is not compressed better than this: images are not, a bomb is."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +88,16 @@ def read_npz(path: str | Path) -> ImageSet:
     Raises:
         FileNotFoundError: if there is no such file. ValueError: if it is not such a file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"data file {str(path)!r} " + ("is a folder" if path.is_dir() else "does not exist"))
+    path = existing_file(path, "data file")
     try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(i.file_size for i in archive.infolist())
+        if unpacked > max(_SMALL, _MOST_COMPRESSED * path.stat().st_size):
+            raise ValueError(f"it unpacks to {unpacked:,} bytes, more than images ever do")
         with np.load(path, allow_pickle=False) as arrays:
             x, y = arrays["x"], arrays["y"]
     except Exception as e:  # a damaged archive raises anything from zlib.error to MemoryError
-        raise ValueError(f"{str(path)!r} is not an .npz file with arrays x and y: {e}") from e
+        raise ValueError(f"{str(path)!r} is not an .npz file with arrays x and y: {reason_of(e)}") from e
     return _image_set(x, y, path)
 
 

@@ -10,11 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from granq_plugin.reading import reason_of
 from zoo.card import Preprocessing
 
 __all__ = ["FolderImages", "class_folders", "read_folder"]
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")  # as torchvision's ImageFolder, in lower case
+
+MOST_PIXELS = 2**26
+"""Of an image, decoded or resized: 200 MB."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +62,16 @@ class FolderImages:
                 yield torch.stack([image.result() for image in images]), self.labels[start:start + batch_size]
 
     def _decoded(self, file: Path) -> Tensor:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms.functional import center_crop, resize
         size = self.preprocessing.image_size
         try:
             with Image.open(file) as stored:
+                self._check_pixels(*stored.size)
                 image = stored.convert("L" if self.preprocessing.channels == 1 else "RGB")
-        except (UnidentifiedImageError, OSError) as e:
-            raise ValueError(f"{str(file)!r} is not a readable image: {e}") from e
+        except Exception as e:  # a damaged file raises anything from struct.error to SyntaxError
+            raise ValueError(f"{str(file)!r} is not a readable image: {reason_of(e)}") from e
         if self.preprocessing.resize is not None:
             image = resize(image, self.preprocessing.resize, InterpolationMode(self.preprocessing.interpolation))
         if min(image.size) < size:
@@ -75,9 +80,21 @@ class FolderImages:
         return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
+    def _check_pixels(self, width: int, height: int) -> None:
+        """Before anything is decoded; a narrow image grows when its shorter side is resized."""
+        short = min(width, height)
+        if short < 1 or width * height * max(1, (self.preprocessing.resize or 0) / short)**2 > MOST_PIXELS:
+            raise ValueError(f"it has {width}x{height} pixels, more than {MOST_PIXELS:,} when it is resized")
+
+
 def class_folders(folder: Path) -> list[Path]:
     """The sub-folders with image files, sorted by name."""
-    return sorted(f for f in folder.iterdir() if f.is_dir() and any(p.suffix.lower() in SUFFIXES for p in f.iterdir()))
+    return sorted(f for f in folder.iterdir() if f.is_dir() and any(map(_is_image, f.iterdir())))
+
+
+def _is_image(path: Path) -> bool:
+    """By its name; a folder or a pipe is none."""
+    return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
 def read_folder(folder: str | Path, preprocessing: Preprocessing, num_classes: int) -> FolderImages:
@@ -104,7 +121,7 @@ def read_folder(folder: str | Path, preprocessing: Preprocessing, num_classes: i
     else:
         raise ValueError(f"{str(folder)!r} has {len(classes)} class folders, the network has {num_classes} classes: name them by "
                          "class id (0, 1, ...) where some are missing")
-    pairs = [(f, i) for c, i in zip(classes, ids) for f in sorted(c.iterdir()) if f.suffix.lower() in SUFFIXES]
+    pairs = [(f, i) for c, i in zip(classes, ids) for f in sorted(c.iterdir()) if _is_image(f)]
     files, labels = zip(*sorted(pairs, key=lambda pair: (pair[1], pair[0].name)))
     words, side = f"{folder.parent.name}/{folder.name}", _common_side(files)
     if preprocessing.resize is not None and side is not None and preprocessing.image_size <= side < preprocessing.resize:
@@ -115,13 +132,13 @@ def read_folder(folder: str | Path, preprocessing: Preprocessing, num_classes: i
 
 def _common_side(files: tuple[Path, ...]) -> int | None:
     """The side of the images, if 32 of them, evenly spread, are squares of one size."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
     sizes = set()
     for file in files[::max(1, len(files) // 32)]:
         try:
             with Image.open(file) as image:
                 sizes.add(image.size)
-        except (UnidentifiedImageError, OSError):
+        except Exception:
             return None  # decoding tells which
     width, height = sizes.pop()
     return width if not sizes and width == height else None

@@ -1,11 +1,10 @@
 """From a finished run to a zoo entry: packed weights, card, log and settings."""
 
+import csv
 import datetime
 import hashlib
-import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,8 @@ from torch import nn
 
 from granq_plugin import __version__
 from granq_plugin.atomic import atomic_path, write_text
+from granq_plugin.reading import read_json, read_text
+from granq_plugin.zero_shot import ZeroShotConfig
 from zoo.card import Card, Results, Teacher, Training, Weights
 from zoo.costs import costs
 from zoo.data import ImageSet
@@ -22,12 +23,8 @@ from zoo.evaluate import Accuracy, default_batch_size, evaluate
 from zoo.packing import pack_network, pack_tensors
 from zoo.registry import from_bytes, get_card, list_models
 from zoo.students import load_run
+from zoo.train import TrainConfig
 from zoo.weights import load_weights, read_state_dict, sha256
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = ["Entry", "comparison", "entry_of_run", "measured", "write_card", "write_entry"]
 
@@ -150,43 +147,58 @@ def _student_entry(folder: Path, name: str | None, license: str | None):
     if name is None and base.name == "card":
         raise ValueError(f"the run in {str(folder)!r} is of a network of your own: give --name for its entry")
     name = name or f"{base.name}.{student.quantization.suffix}"
-    teacher = _teacher(base, run["teacher_weights_sha256"])
+    teacher = _teacher(base, _entry(run, "teacher_weights_sha256", str))
     quantization = student.quantization
     calibrated = read_state_dict(folder / "calibrated.safetensors") if quantization.activations == "folded" else None
     data = pack_network(network, calibrated)
-    settings = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+    epochs = ZeroShotConfig.from_file(folder / "config.toml").epochs
+    _check_log(folder / "metrics.csv", epochs)
     options = [f"--weight-bits {quantization.weight_bit_width} --act-bits {quantization.act_bit_width}"]
     options += [f"--activations {quantization.activations} --weight-regime {quantization.weight_regime}"]
     options += ["--learned-scale"] if quantization.learned_scale else []
     options += [] if quantization.weight_range_mode == "minmax" else [f"--weight-range {quantization.weight_range_mode}"]
     options += [f"--config configs/{name}.toml --weights FILE"] + (["--images FILE"] if run.get("images_sha256") else [])
     command = f"granq qat {base.name} {' '.join(options)} --out RUN_DIR"
-    training = Training(settings["epochs"], run.get("version", __version__), f"logs/{name}.csv", f"configs/{name}.toml")
+    training = Training(epochs, _entry(run, "version", str), f"logs/{name}.csv", f"configs/{name}.toml")
     words = (f"{base.name}, {quantization.bits}, {quantization.weight_regime} weights, {quantization.activations} activations, "
              "zero-shot QAT")
     card = replace(
         _described(base, name, data, license or teacher.license, command, training), description=words, teacher=teacher,
         quantization=quantization)
-    return Entry(card, data, folder), network, run.get("float_top1")
+    return Entry(card, data, folder), network, _entry(run, "float_top1", float) if "float_top1" in run else None
 
 
 def _teacher_entry(folder: Path, name: str | None, license: str | None):
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    base = get_card(str(folder / "card.toml") if (folder / "card.toml").is_file() else run["network"])
+    run = read_json(folder / "run.json")
+    base = get_card(str(folder / "card.toml") if (folder / "card.toml").is_file() else _entry(run, "network", str))
     name = name or base.name
     file = folder / "teacher.safetensors"
-    if sha256(file) != run["teacher_sha256"]:
+    if sha256(file) != _entry(run, "teacher_sha256", str):
         raise ValueError(f"{str(file)!r} does not have the SHA-256 that run.json names: it is damaged or of another run")
     network = base.build()
     load_weights(network, file)
     data = pack_tensors(network.state_dict())
     config = folder / "config.toml"
-    settings = tomllib.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    epochs = TrainConfig.from_file(config).epochs if config.is_file() else _entry(run, "epochs", int)
+    _check_log(folder / "metrics.csv", epochs)
     training = Training(
-        settings.get("epochs", run.get("epochs", 0)), run.get("version", __version__),
-        f"logs/{name}.csv", f"configs/{name}.toml" if config.is_file() else None)
-    card = _described(base, name, data, license or "BSD-3-Clause", _without_paths(run["command"]), training)
+        epochs, run.get("version", __version__), f"logs/{name}.csv", f"configs/{name}.toml" if config.is_file() else None)
+    card = _described(base, name, data, license or "BSD-3-Clause", _without_paths(_entry(run, "command", str)), training)
     return Entry(replace(card, description=f"{base.name}, float, trained by granq train-teacher"), data, folder), network, None
+
+
+def _entry(run: dict, name: str, kind: type):
+    """A value of run.json. Raises a ValueError if it is absent or of another type."""
+    if not isinstance(run.get(name), kind):
+        raise ValueError(f"run.json must say {name} ({kind.__name__}), got {run.get(name)!r}")
+    return run[name]
+
+
+def _check_log(file: Path, epochs: int) -> None:
+    """Raise a ValueError unless a file is the log of so many epochs."""
+    rows = list(csv.DictReader(read_text(file).splitlines()))
+    if not rows or rows[-1].get("epoch") != str(epochs):
+        raise ValueError(f"{str(file)!r} is not the log of {epochs} epochs")
 
 
 def _described(base: Card, name: str, data: bytes, license: str, command: str, training: Training) -> Card:

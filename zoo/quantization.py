@@ -50,6 +50,8 @@ class Quantization:
         for name in ("weight_bit_width", "act_bit_width"):
             if type(getattr(self, name)) is not int or getattr(self, name) not in range(1, 17):
                 raise ValueError(f"{name} must be a whole number from 1 to 16, got {getattr(self, name)!r}")
+        if type(self.learned_scale) is not bool:
+            raise TypeError(f"learned_scale must be true or false, got {self.learned_scale!r}")
         if self.learned_scale and self.activations != "static":
             raise ValueError(f"learned_scale needs static activations, got {self.activations}")
         if self.weight_range_mode != "minmax" and self.weight_regime == "per-kernel":

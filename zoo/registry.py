@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from granq_plugin.reading import existing_file, read_text
 from zoo.card import DATASETS, Card
 
 if TYPE_CHECKING:  # the command line reads this file without torch
@@ -41,10 +42,8 @@ def get_card(name: str, zoo_dir: str | Path | None = None) -> Card:
         ValueError: with the nearest names if there is no such entry; if the card is malformed. FileNotFoundError: for a file.
     """
     if name.endswith(".toml"):
-        path = Path(name)
-        if not path.is_file():
-            raise FileNotFoundError(f"card file {name!r} does not exist")
-        return Card.from_toml(path.stem, path.read_text(encoding="utf-8"))
+        path = existing_file(name, "card file")
+        return Card.from_toml(path.stem, read_text(path))
     names = list_models("*", zoo_dir)
     if name not in names:
         near = difflib.get_close_matches(name, names, cutoff=0.3) or names

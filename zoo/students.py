@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from granq_plugin.reading import read_json
 from zoo.card import Card
 from zoo.quantization import ACTIVATIONS, WEIGHT_REGIMES, Quantization
 from zoo.registry import calibrated_from_bytes, from_bytes, get_card, read_weights
@@ -77,26 +77,31 @@ def load_run(run_dir: str | Path) -> tuple[Student, nn.Module, dict]:
     for name in ("run.json", "student.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{str(folder)!r} holds no finished run of granq qat: there is no {name}")
+    run = read_json(folder / "run.json")
     try:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        student = Student(run["network"], Quantization(**{f.name: run[f.name] for f in fields(Quantization) if f.name in run}))
-        if student.network == "card.toml":  # of the user's own network, kept in the run's folder
-            student = replace(student, network=str(folder / "card.toml"))
+        network, quantization = run["network"], Quantization(**{f.name: run[f.name] for f in fields(Quantization) if f.name in run})
         expected = run["student_sha256"]
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
+        if not isinstance(network, str) or (network.endswith(".toml") and network != "card.toml"):
+            raise ValueError(f"network must be a zoo entry or card.toml, got {network!r}")
+    except (KeyError, ValueError, TypeError) as e:
         raise ValueError(f"{str(folder / 'run.json')!r} is not what granq qat writes: {e!r}") from e
+    # the user's own network has a card in the run's folder
+    student = Student(str(folder / network) if network == "card.toml" else network, quantization)
     if sha256(folder / "student.safetensors") != expected:
         raise ValueError(f"{str(folder / 'student.safetensors')!r} does not have the SHA-256 that run.json names: it is damaged or "
                          "of another run")
     state = read_state_dict(folder / "student.safetensors")
     network = student.quantization.deployable(
         student.card.build(), student.example_input(), lambda prepared: _calibrated_as(prepared, folder))
+    return student, _loaded(network, state, folder / "student.safetensors"), run
+
+
+def _loaded(network: nn.Module, state: dict[str, Tensor], file: Path) -> nn.Module:
     try:
         network.load_state_dict(state)
     except RuntimeError as e:
-        raise ValueError(f"{str(folder / 'student.safetensors')!r} is not what this version of granq qat saves: "
-                         f"{str(e).splitlines()[-1].strip()}") from e
-    return student, network.eval(), run
+        raise ValueError(f"{str(file)!r} is not what this version of granq qat saves: {str(e).splitlines()[-1].strip()}") from e
+    return network.eval()
 
 
 def calibrated_network(run_dir: str | Path) -> nn.Module:
@@ -136,5 +141,5 @@ def static_and_folded(source: str | Path) -> tuple[nn.Module, nn.Module | None]:
 
 def _calibrated_as(prepared: nn.Module, folder: Path) -> nn.Module:
     from zoo.weights import read_state_dict
-    prepared.load_state_dict(read_state_dict(folder / "calibrated.safetensors"))
-    return prepared.eval()
+    file = folder / "calibrated.safetensors"
+    return _loaded(prepared, read_state_dict(file), file)

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from granq_plugin.settings import Settings, setting
 from granq_plugin.zero_shot.run_directory import RunDirectory
+from granq_plugin.zero_shot.weights import load_optimizer
 from zoo.card import Preprocessing
 from zoo.data import ImageSet
 
@@ -27,15 +29,15 @@ class TrainConfig(Settings):
     """
 
     epochs: int = setting(60, "passes over the training images", least=1)
-    batch_size: int = setting(128, "images of a step", least=2)
+    batch_size: int = setting(128, "images of a step", least=2, most=2**16)
     lr: float = setting(0.15, "highest learning rate (SGD, Nesterov)", above=0)
     lr_warmup: float = setting(0.1, "share of the steps in which lr is reached; then it falls as a cosine", least=0, most=0.9)
     momentum: float = setting(0.9, "of SGD", least=0, most=0.999)
     weight_decay: float = setting(4e-4, "of the convolutions and linear layers; BatchNorm and biases have none", least=0)
     label_smoothing: float = setting(0.0, "of the cross-entropy", least=0, most=0.9)
-    crop_padding: int = setting(4, "zero pixels around an image before the random crop; 0: no crop", least=0)
+    crop_padding: int = setting(4, "zero pixels around an image before the random crop; 0: no crop", least=0, most=2**10)
     flip: bool = setting(True, "mirror every second image, at random")
-    start_size: int = setting(0, "image size of the first epoch, growing to the network's; 0: it does not grow", least=0)
+    start_size: int = setting(0, "image size of the first epoch, growing to the network's; 0: no growth", least=0, most=2**12)
     grow_until: float = setting(0.65, "share of the epochs after which images have their full size", least=0, most=1)
     seed: int = setting(0, "of the weights, the order and the augmentation", least=0)
     bf16: bool = setting(True, "autocast the network to bfloat16; loss and weights stay float32")
@@ -120,22 +122,29 @@ def train_teacher(
             :class:`~granq_plugin.zero_shot.run_directory.RunDirectory`.
     """
     preprocessing(data.images[:1])  # complains before training
-    full = preprocessing.image_size
     if len(data) < config.batch_size:
         raise ValueError(f"batch_size={config.batch_size} exceeds the {len(data)} training images of {data.source!r}")
-    directory = None if run_dir is None else RunDirectory(run_dir, config, dict(network=model), resume)
-    state = directory.load_checkpoint() if directory else None
+    if run_dir is None:
+        return _train(model, data, preprocessing, config, None, evaluate, on_step, on_epoch)
+    with RunDirectory(run_dir, config, dict(network=model), resume) as directory:
+        return _train(model, data, preprocessing, config, directory, evaluate, on_step, on_epoch)
+
+
+def _train(model, data, preprocessing, config, directory, evaluate, on_step, on_epoch) -> list[dict]:
     device = next(model.parameters()).device
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     optimizer = _optimizer(model, config)
     rng = torch.Generator().manual_seed(config.seed)
-    first, metrics = 0, []
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        rng.set_state(state["rng"])
-        first, metrics = state["epoch"], state["metrics"]
+    first, metrics, full = 0, [], preprocessing.image_size
+    with directory.checkpoint() if directory else nullcontext() as state:
+        if state is not None:
+            model.load_state_dict(state["model"])
+            load_optimizer(optimizer, state["optimizer"])
+            rng.set_state(state["rng"])
+            first, metrics = state["epoch"], state["metrics"]
+            if first not in range(config.epochs + 1) or len(metrics) != first:
+                raise ValueError(f"it is of epoch {first!r} of {config.epochs} and has metrics of {len(metrics)}")
     steps = len(data) // config.batch_size
     for epoch in range(first, config.epochs):
         model.train()

@@ -1,19 +1,23 @@
 """Float weights from files of other projects, without running their code."""
 
 import hashlib
-import pickle
 import re
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
+
+from granq_plugin.reading import existing_file, load_torch, reason_of
 
 __all__ = ["load_weights", "read_state_dict", "sha256"]
 
 
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -23,20 +27,16 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: if there is no such file. ValueError: if it holds no state dict.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"weights file {str(path)!r} " + ("is a folder" if path.is_dir() else "does not exist"))
+    path = existing_file(path, "weights file")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
             entries = load_file(path)
         else:
-            entries = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:  # torch's own words advise to switch its protection off
-        raise ValueError(f"{str(path)!r} is not a readable weights file: it is damaged, or holds more than tensors") from e
-    except Exception as e:  # a damaged file raises anything, from EOFError to safetensors' own class
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise ValueError(f"{str(path)!r} is not a readable weights file (.safetensors or a torch state dict): {reason}") from e
+            entries = load_torch(path)
+    except Exception as e:  # safetensors' own class, or whatever its conversion to tensors raises
+        raise ValueError(
+            f"{str(path)!r} is not a readable weights file (.safetensors or a torch state dict): {reason_of(e)}") from e
     if isinstance(entries, dict) and isinstance(entries.get("state_dict"), dict):
         entries = entries["state_dict"]
     if not isinstance(entries, dict) or not entries or not all(isinstance(v, Tensor) for v in entries.values()):
@@ -78,10 +78,16 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     missing = [k for k in expected if k in needed and k not in state]
     unexpected = [k for k in state if k not in expected]
     shapes = [k for k in expected if k in state and state[k].shape != expected[k].shape]
-    if missing or unexpected or shapes:
+    kinds = [k for k in expected if k in needed and k in state and not shapes
+             and (state[k].is_floating_point() != expected[k].is_floating_point() or state[k].is_complex())]
+    broken = [k for k in needed & state.keys() if state[k].is_floating_point() and not state[k].isfinite().all()]
+    if missing or unexpected or shapes or kinds:
         problems = [f"{len(missing)} entries missing (first: {missing[0]})"] if missing else []
         problems += [f"{len(unexpected)} not of this network (first: {unexpected[0]})"] if unexpected else []
         problems += [f"{len(shapes)} of another shape (first: {shapes[0]}, {tuple(state[shapes[0]].shape)} instead of "
                      f"{tuple(expected[shapes[0]].shape)})"] if shapes else []
+        problems += [f"{len(kinds)} of another kind of number (first: {kinds[0]}, {state[kinds[0]].dtype})"] if kinds else []
         raise ValueError(f"{str(path)!r} holds weights of another architecture: {'; '.join(problems)}")
+    if broken:
+        raise ValueError(f"{str(path)!r} holds values that are not finite, in {min(broken)}")
     model.load_state_dict(state, strict=False)

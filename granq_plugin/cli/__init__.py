@@ -1,6 +1,11 @@
 """The ``granq`` command line: thin, each verb calls public functions. Bad input: one line on stderr, exit code 2."""
 
+import contextlib
 import importlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
 
 import click
 
@@ -19,6 +24,28 @@ VERBS = {
     "ranges": "granq_plugin.cli.export:ranges",
     "zoo": "granq_plugin.cli.zoo:zoo",
 }
+
+RESUMABLE = ("qat", "train-teacher")
+"""Verbs with --resume; everything else is started again."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM ends a command as Ctrl-C does: temporary files are removed, and one line is said."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Raise :class:`Terminated` on SIGTERM (in the main thread, where signals arrive)."""
+    def stop(*_) -> None:
+        raise Terminated
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class LazyGroup(click.Group):
@@ -51,12 +78,16 @@ def cli(context: click.Context) -> None:
 
 
 def run(args: list[str] | None = None) -> int:
-    """Run ``granq`` with ``args`` (default: the process's) and return its exit code."""
+    """Run ``granq`` with ``args`` (default: the process's) and return its exit code: 130 after Ctrl-C, 143 after SIGTERM."""
     try:
-        return cli.main(args, prog_name="granq", standalone_mode=False) or 0
+        with _terminable():
+            return cli.main(args, prog_name="granq", standalone_mode=False) or 0
     except click.ClickException as e:
         click.echo(f"granq: error: {e.format_message()}", err=True)
         return 2
-    except click.Abort:
-        click.echo("granq: interrupted", err=True)
-        return 130
+    except (click.Abort, KeyboardInterrupt) as e:
+        terminated = isinstance(e, Terminated) or isinstance(e.__cause__, Terminated)
+        verb = next(iter(sys.argv[1:] if args is None else args), "")
+        hint = "; the same command with --resume goes on from the last checkpoint" if verb in RESUMABLE else ""
+        click.echo(f"granq: {'terminated' if terminated else 'interrupted'}{hint}", err=True)
+        return 143 if terminated else 130

@@ -16,6 +16,8 @@ _EXTRAS = dict(hls4ml="hls", tensorboard="tensorboard") | dict.fromkeys(
     ("matplotlib", "safetensors", "sklearn", "torchvision"), "zoo") | dict.fromkeys(
     ("onnx", "onnxoptimizer", "onnxruntime", "onnxscript", "qonnx"), "export")
 """Which extra brings a package."""
+MOST_WORDS = 2000
+"""Characters of an error: a value in it may be of any length."""
 
 
 @contextlib.contextmanager
@@ -29,7 +31,24 @@ def input_errors():
             raise
         raise click.ClickException(f"the package {package} is missing: pip install 'granq-plugin[{_EXTRAS[package]}]'") from e
     except (ValueError, TypeError, OSError, FloatingPointError) as e:
-        raise click.ClickException(" ".join(str(e).split())) from e
+        raise click.ClickException(_one_line(e)) from e
+    except (MemoryError, RuntimeError) as e:
+        import torch.distributed as dist
+        if _is_memory(e):
+            raise click.ClickException(f"not enough memory: {_one_line(e)}") from e
+        if dist.is_available() and dist.is_initialized():  # gloo and NCCL have no class of their own for a lost connection
+            raise click.ClickException(f"rank {dist.get_rank()} stops, another one failed or died: {_one_line(e)}") from e
+        raise
+
+
+def _is_memory(e: Exception) -> bool:
+    """torch has a class for a GPU's memory alone."""
+    return isinstance(e, MemoryError) or "out of memory" in str(e) or "not enough memory" in str(e) or "allocate memory" in str(e)
+
+
+def _one_line(e: Exception) -> str:
+    words = " ".join(str(e).split())
+    return words if len(words) <= MOST_WORDS else f"{words[:MOST_WORDS // 2]} ... {words[-MOST_WORDS // 2:]}"
 
 
 def help_config(text):

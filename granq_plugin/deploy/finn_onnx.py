@@ -5,6 +5,8 @@ import os
 import numpy as np
 
 from granq_plugin.deploy.finn import Op, Quant
+from granq_plugin.export.files import check_contents
+from granq_plugin.reading import existing_file, reason_of
 
 __all__ = ["read_onnx"]
 
@@ -35,11 +37,12 @@ def _load(path: str):
         import onnx
     except ModuleNotFoundError as e:
         raise ModuleNotFoundError("reading an ONNX file needs onnx: pip install 'granq-plugin[export]'", name="onnx") from e
-    from google.protobuf.message import DecodeError
+    existing_file(path, "model file")
     try:
-        model = onnx.load(path)
-    except DecodeError as e:
-        raise ValueError(f"{path} is not an ONNX file, or is damaged: {e}") from e
+        model = onnx.load(path, load_external_data=False)
+        check_contents(model)
+    except Exception as e:  # protobuf's DecodeError among them
+        raise ValueError(f"{path} is not an ONNX file, or is damaged: {reason_of(e)}") from e
     if not model.graph.node:
         raise ValueError(f"{path} holds no ONNX graph, or is damaged")
     return model

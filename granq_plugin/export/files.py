@@ -2,11 +2,16 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["attribute", "metadata_of", "quant_limits", "read_metadata", "read_onnx", "set_metadata"]
+from granq_plugin.reading import existing_file, reason_of
 
+__all__ = ["attribute", "check_contents", "metadata_of", "quant_limits", "read_metadata", "read_onnx", "set_metadata"]
+
+MOST_ELEMENTS = 2**28
+"""Of an input."""
 PREFIX = "granq."
 DIGEST = "sha256"
 
@@ -51,15 +56,14 @@ def read_onnx(path: str | Path, allow_changed: bool = False):
         FileNotFoundError: if there is no such file. ValueError: if it is not a whole, valid ONNX model, or was changed.
     """
     import onnx
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"model file {str(path)!r} " + ("is a folder" if path.is_dir() else "does not exist"))
+    path = existing_file(path, "model file")
     try:
-        model = onnx.load(path)
+        model = onnx.load(path, load_external_data=False)
+        check_contents(model)
         onnx.checker.check_model(model)
-    except Exception as e:  # protobuf's DecodeError, the checker's ValidationError, missing external data...
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise ValueError(f"{str(path)!r} is not a readable ONNX model: it is damaged, or another kind of file ({reason})") from e
+    except Exception as e:  # protobuf's DecodeError, the checker's ValidationError...
+        raise ValueError(
+            f"{str(path)!r} is not a readable ONNX model: it is damaged, or another kind of file ({reason_of(e)})") from e
     if not model.graph.node:  # an empty or cut file can still be a valid message
         raise ValueError(f"{str(path)!r} is not a readable ONNX model: it holds no graph")
     expected = metadata_of(model).get(DIGEST)
@@ -70,6 +74,28 @@ def read_onnx(path: str | Path, allow_changed: bool = False):
         if _digest(unsigned) != expected:
             raise ValueError(f"{str(path)!r} was changed after it was exported: its contents do not have the SHA-256 that it names")
     return model
+
+
+def check_contents(model) -> None:
+    """Raise a ValueError for what no network of ours has, and what could read other files, run for ever, or fill the memory."""
+    from onnx import AttributeProto, TensorProto
+    tensors = list(model.graph.initializer)
+    for node in model.graph.node:
+        for a in node.attribute:
+            if a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
+                raise ValueError(f"{node.op_type} {node.name!r} holds a graph of its own: only networks without loops are read")
+            tensors += [a.t] if a.type == AttributeProto.TENSOR else []
+    if model.functions:
+        raise ValueError("it defines functions of its own")
+    for tensor in tensors:
+        if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
+            raise ValueError(f"tensor {tensor.name!r} is in another file, which is never read")
+        if math.prod(tensor.dims) > 8 * tensor.ByteSize():  # one bit each
+            raise ValueError(f"tensor {tensor.name!r} declares {list(tensor.dims)} elements and does not hold them")
+    for value in model.graph.input:
+        dims = [d.dim_value for d in value.type.tensor_type.shape.dim]
+        if any(d < 0 for d in dims) or math.prod(d or 1 for d in dims) > MOST_ELEMENTS:
+            raise ValueError(f"input {value.name!r} declares shape {dims}")
 
 
 def metadata_of(model) -> dict[str, str]:

@@ -23,14 +23,14 @@ class ZeroShotConfig(Settings):
         (16, 4000)
     """
 
-    num_classes: int = setting(10, "classes of the teacher", least=2)
-    image_size: int = setting(32, "height and width of an input in pixels, a multiple of 4", least=8)
-    image_channels: int = setting(3, "channels of an input", least=1)
+    num_classes: int = setting(10, "classes of the teacher", least=2, most=2**17)
+    image_size: int = setting(32, "height and width of an input in pixels, a multiple of 4", least=8, most=2**12)
+    image_channels: int = setting(3, "channels of an input", least=1, most=2**10)
 
     epochs: int = setting(200, "epochs, warm-up included; an epoch has no meaning but for the schedule and the log", least=1)
     iterations: int = setting(200, "iterations in an epoch", least=1)
     warmup_epochs: int = setting(4, "first epochs, in which only the generator learns", least=0)
-    batch_size: int = setting(16, "images of an iteration, over all ranks and micro-batches", least=1)
+    batch_size: int = setting(16, "images of an iteration, over all ranks and micro-batches", least=1, most=2**16)
     accumulation_steps: int = setting(
         1, "micro-batches of an iteration; batch statistics (generator, BatchNorm loss) are of the micro-batch", least=1)
     seed: int = setting(0, "of the generator's weights, the noise and the labels", least=0)
@@ -54,7 +54,7 @@ class ZeroShotConfig(Settings):
     alpha_agreement: float = setting(0.1, "weight of CE(t + q, y) in beta's term (alpha_as)", least=0)
     beta: float = setting(1.0, "weight of the two cross-entropies in the generator's loss", least=0)
     gamma: float = setting(1.0, "weight of the BatchNorm statistics in the generator's loss", least=0)
-    latent_dim: int = setting(100, "length of the generator's noise", least=1)
+    latent_dim: int = setting(100, "length of the generator's noise", least=1, most=2**14)
 
     range_epochs: int = setting(
         0, "epochs of training, after the warm-up, in which static ranges follow the student before they freeze; 0: half of them",

@@ -52,5 +52,11 @@ class ImageMemory:
     def state(self) -> dict:
         return dict(images=self._images, logits=self._logits, next=self._next)
 
-    def load_state(self, state: dict) -> None:
-        self._images, self._logits, self._next = state["images"], state["logits"], state["next"]
+    def load_state(self, state: dict, image_shape: tuple[int, ...], classes: int) -> None:
+        """Restore :meth:`state`. Raises a ValueError unless images are ``[N, *image_shape]``, N up to the capacity."""
+        images, logits, start = state["images"], state["logits"], state["next"]
+        if len(images) and (images.shape[1:] != image_shape or logits.shape != (len(images), classes)):
+            raise ValueError(f"the memory's images are {list(images.shape)}, their logits {list(logits.shape)}")
+        if len(images) > self.capacity or start not in range(max(1, self.capacity)):
+            raise ValueError(f"the memory holds {len(images)} images, the next at {start!r}, of {self.capacity}")
+        self._images, self._logits, self._next = images, logits, start

@@ -1,6 +1,7 @@
 """Zero-shot QAT: :func:`zero_shot_qat`."""
 
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,13 +85,15 @@ def zero_shot_qat(
     """
     modes = {m: m.training for m in teacher.modules()}
     trainable = {p: p.requires_grad for p in teacher.parameters()}
-    training = None
+    training, stack = None, ExitStack()
     try:
         teacher.eval().requires_grad_(False)
         _check(student, teacher, config, images)
-        directory = None if run_dir is None else RunDirectory(run_dir, config, dict(teacher=teacher, student=student), resume)
-        state = directory.load_checkpoint() if directory else None
-        training = Training(student, teacher, config, images, state)
+        directory = None
+        if run_dir is not None:
+            directory = stack.enter_context(RunDirectory(run_dir, config, dict(teacher=teacher, student=student), resume))
+        with directory.checkpoint() if directory else nullcontext() as state:
+            training = Training(student, teacher, config, images, state)
         while training.iteration < config.total_iterations:
             log = training.step()
             if on_iteration:
@@ -107,6 +110,7 @@ def zero_shot_qat(
             if directory and (last or training.iteration % config.checkpoint_every == 0):
                 directory.save_checkpoint(training.state())
     finally:
+        stack.close()
         if training is not None:
             training.close()
         for module, mode in modes.items():

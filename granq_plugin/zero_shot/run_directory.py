@@ -1,9 +1,13 @@
 """What a run leaves on disk: its settings, checkpoints, metrics and result, each file whole or not there."""
 
+import contextlib
 import csv
 import hashlib
 import io
 import json
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,8 +16,14 @@ from torch import nn
 
 from granq_plugin._version import __version__
 from granq_plugin.atomic import atomic_path, write_text
+from granq_plugin.reading import load_torch, read_json, reason_of
 from granq_plugin.settings import Settings
 from granq_plugin.zero_shot import parallel
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows: two runs in one folder are not noticed
+    fcntl = None
 
 __all__ = ["RunDirectory", "add_to_run", "fingerprint"]
 
@@ -38,44 +48,84 @@ def fingerprint(model: nn.Module) -> str:
 class RunDirectory:
     """A folder that belongs to one run: ``config.toml``, ``run.json``, ``checkpoint.pt``, ``metrics.csv``; rank 0 writes it.
 
+    A context manager: until its end, no other process can use the folder.
+
     Args:
         path: the folder; it is made if need be.
         config: the run's settings. networks: by what they are in the run ("teacher", "student"), before training.
         resume: go on with the run that the folder holds; a folder without one starts it.
 
     Raises:
-        FileExistsError: if the folder holds a run, or any other file, and resume is False.
+        FileExistsError: if another process uses the folder; if it holds a run, and resume is False; if it holds anything else.
         ValueError: if it holds a run with other settings or networks. NotADirectoryError: for a file.
     """
 
     def __init__(self, path: str | Path, config: Settings, networks: dict[str, nn.Module], resume: bool) -> None:
-        self.path = Path(path)
+        self.path, self._lock = Path(path), None
         self._states = {f"{who}_state_sha256": fingerprint(network) for who, network in networks.items()}
         self.identity = self._states | dict(version=__version__, torch=torch.__version__)
         parallel.from_first_rank(lambda: self._prepare(config, resume))
 
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        """Let other processes have the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
     def _prepare(self, config: Settings, resume: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"run directory {str(self.path)!r} is a file")
-        if (self.path / "run.json").is_file():
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take()
+        try:
+            self._open(config, resume)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _take(self) -> None:
+        """Lock the folder itself: no file is left behind, and the kernel lets go when the process dies."""
+        if fcntl is None:
+            return
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            self.__exit__()
+            raise FileExistsError(f"run directory {str(self.path)!r} is in use by another process; wait for its end, or choose "
+                                  "another folder") from e
+        except OSError:
+            pass  # a file system without locks
+
+    def _open(self, config: Settings, resume: bool) -> None:
+        parts = [f for f in self.path.iterdir() if re.fullmatch(r".+\.part\d+", f.name)]  # of a process that was killed
+        others = {f.name for f in self.path.iterdir()} - {f.name for f in parts} - {"tensorboard"}
+        known = {}
+        if "run.json" in others:
             if not resume:
                 raise FileExistsError(f"run directory {str(self.path)!r} holds another run; resume it, or choose another folder")
-            self._check_same_run(config)
-        elif self.path.is_dir() and any(self.path.iterdir()):
+            known = self._check_same_run(config)
+        elif (not resume and (others or parts)) or not others <= {"config.toml"}:  # a killed process had not come further
             raise FileExistsError(f"run directory {str(self.path)!r} is not empty and holds no run; choose another folder")
-        self.path.mkdir(parents=True, exist_ok=True)
+        for part in parts:
+            part.unlink()
         write_text(self.path / "config.toml", config.to_toml())
-        write_text(self.path / "run.json", json.dumps(self.identity, indent=2) + "\n")
+        write_text(self.path / "run.json", json.dumps(known | self.identity, indent=2) + "\n")
 
-    def _check_same_run(self, config: Settings) -> None:
+    def _check_same_run(self, config: Settings) -> dict:
+        """What run.json says, if the folder holds this run."""
         stored = type(config).from_file(self.path / "config.toml")
         names = [n for n in vars(config) if n not in _FREE_SETTINGS and getattr(stored, n) != getattr(config, n)]
         differences = [f"{n} was {getattr(stored, n)!r}, is {getattr(config, n)!r}" for n in names]
-        identity = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        identity = read_json(self.path / "run.json")
         differences += [f"another {name.removesuffix('_state_sha256')}" for name, state in self._states.items()
                         if identity.get(name) != state]
         if differences:
             raise ValueError(f"run directory {str(self.path)!r} holds a different run: {'; '.join(differences)}")
+        return identity
 
     def save_checkpoint(self, state: dict) -> None:
         """Replace the checkpoint, whole or not at all."""
@@ -87,15 +137,26 @@ class RunDirectory:
             except RuntimeError as e:  # torch's writer reports a full disk so
                 raise OSError(f"{e}") from e
 
-    def load_checkpoint(self) -> dict | None:
-        """The last checkpoint, or None. Raises a ValueError if it is damaged."""
+    @contextlib.contextmanager
+    def checkpoint(self) -> Iterator[dict | None]:
+        """The last checkpoint, or None, for a block that restores it.
+
+        Raises:
+            ValueError: if it is damaged; that is also what anything means that the block raises over it.
+        """
         path = self.path / "checkpoint.pt"
         if not path.is_file():
-            return None
+            yield None
+            return
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as e:  # anything comes out of a damaged file
-            raise ValueError(f"checkpoint {str(path)!r} is damaged ({type(e).__name__}); remove it to start again") from e
+            state = load_torch(path)
+            if not all(isinstance(v, (int, float)) for row in state["metrics"] for v in row.values()):
+                raise ValueError("its metrics are not numbers")
+            yield state
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as e:
+            raise ValueError(f"checkpoint {str(path)!r} is damaged ({reason_of(e)}); remove it to start again") from e
 
     def save_metrics(self, rows: list[dict]) -> None:
         """Write ``metrics.csv``, a line per epoch; a value that an epoch lacks is empty."""
@@ -112,5 +173,4 @@ class RunDirectory:
 def add_to_run(path: str | Path, entries: dict) -> None:
     """Add plain values to the ``run.json`` of a run's folder. Raises an OSError if it cannot be read or written."""
     file = Path(path) / "run.json"
-    known = json.loads(file.read_text(encoding="utf-8"))
-    write_text(file, json.dumps(known | entries, indent=2) + "\n")
+    write_text(file, json.dumps(read_json(file) | entries, indent=2) + "\n")

@@ -15,7 +15,7 @@ from granq_plugin.zero_shot.features import FeaturePairs
 from granq_plugin.zero_shot.generator import Generator
 from granq_plugin.zero_shot.memory import ImageMemory
 from granq_plugin.zero_shot.step import ObservedTeacher, StepResult, generator_step, student_step
-from granq_plugin.zero_shot.weights import WeightAverage, at_sharpest_neighbour
+from granq_plugin.zero_shot.weights import WeightAverage, at_sharpest_neighbour, load_optimizer
 
 __all__ = ["Training"]
 
@@ -182,16 +182,20 @@ class Training:
 
     def _load(self, state: dict) -> None:
         """All but the student."""
-        self.iteration = state["iteration"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.iteration, self.metrics = state["iteration"], state["metrics"]
+        if self.iteration not in range(self.config.total_iterations + 1):
+            raise ValueError(f"it is of iteration {self.iteration!r} of {self.config.total_iterations}")
+        if len(self.metrics) != self.iteration // self.config.iterations:
+            raise ValueError(f"it has metrics of {len(self.metrics)} epochs in iteration {self.iteration}")
+        load_optimizer(self.optimizer, state["optimizer"])
         if self.generator:
             self.generator.load_state_dict(state["generator"])
-            self.generator_optimizer.load_state_dict(state["generator_optimizer"])
-            self.memory.load_state(state["memory"])
+            load_optimizer(self.generator_optimizer, state["generator_optimizer"])
+            size = self.config.image_size
+            self.memory.load_state(state["memory"], (self.config.image_channels, size, size), self.config.num_classes)
         if self.average:
             self.average.load_state(state["average"])
         self.rng.set_state(state["rng"])
-        self.metrics = state["metrics"]
         self._sums = {k: v.to(self.like.device) for k, v in state["sums"].items()}
 
     def evaluate(self, function: Callable[[nn.Module], float]) -> float:

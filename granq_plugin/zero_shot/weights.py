@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["WeightAverage", "at_sharpest_neighbour"]
+__all__ = ["WeightAverage", "at_sharpest_neighbour", "load_optimizer"]
 
 
 class WeightAverage:
@@ -43,6 +43,9 @@ class WeightAverage:
         return dict(mean=self._mean, count=self._count)
 
     def load_state(self, state: dict) -> None:
+        """Raises a ValueError for the state of other parameters."""
+        if len(state["mean"]) != len(self._params) or type(state["count"]) is not int:
+            raise ValueError("the average is of other parameters")
         self._mean = [m.to(p) for m, p in zip(state["mean"], self._params)]
         self._count = state["count"]
 
@@ -62,3 +65,17 @@ def at_sharpest_neighbour(params: Sequence[nn.Parameter], grads: Sequence[Tensor
         with torch.no_grad():
             for p, value in zip(params, old):
                 p.copy_(value)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Restore an optimizer's state. Raises a ValueError if it has other options, but for the learning rate, or other shapes."""
+    def options() -> list[dict]:
+        return [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+    own = options()
+    optimizer.load_state_dict(state)
+    if options() != own:
+        raise ValueError("the optimizer has other options")
+    for p, values in optimizer.state.items():
+        wrong = [k for k, v in values.items() if isinstance(v, Tensor) and v.dim() and v.shape != p.shape]
+        if wrong:
+            raise ValueError(f"the optimizer's {wrong[0]} is not of its parameter's shape {list(p.shape)}")

@@ -2,7 +2,9 @@
 
 import csv
 import hashlib
+import sys
 from importlib import resources
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,7 +48,7 @@ def test_a_card_survives_the_way_through_its_file():
     (GOOD.replace("[preprocessing]", "[preprocessing"), "Expected"),
     (GOOD.replace("num_classes = 10", "num_classes = 10.5"), "num_classes must be a whole number, got 10.5"),
     (GOOD.replace("num_classes = 10", "num_classes = true"), "num_classes must be a whole number, got True"),
-    (GOOD.replace("num_classes = 10", "num_classes = 0"), "num_classes must be at least 1"),
+    (GOOD.replace("num_classes = 10", "num_classes = 0"), "num_classes must be 1 to 131072, got 0"),
     (GOOD.replace(":resnet20", ""), "architecture must be module:function"),
     (GOOD.replace("mean = [0.5, 0.5, 0.5]", "mean = [0.5, nan, 0.5]"), "preprocessing.mean must be a finite number, got nan"),
     (GOOD.replace("mean = [0.5, 0.5, 0.5]", "mean = 0.5"), "preprocessing.mean must be a list of numbers"),
@@ -67,9 +69,12 @@ def test_malformed_cards_are_named(text, message):
         Card.from_toml("bad", text)
 
 
-def test_networks_that_cannot_be_built():
-    for architecture, message in (("zoo.models.nothing:x", "there is no 'zoo.models.nothing:x'"),
-                                  ("zoo.models.cifar_resnet:resnet21", "there is no .*resnet21"), ("builtins:dict", "got dict")):
+def test_networks_that_cannot_be_built(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(network=dict))
+    for architecture, message in (("zoo.models.nothing:x", "there is no 'zoo.models.nothing:x'"), ("mine:network", "got dict"),
+                                  ("zoo.models.cifar_resnet:resnet21", "there is no .*resnet21"),
+                                  ("zoo.models.cifar_resnet:copy", "not callable"), ("os:abort", "no network in 'os'"),
+                                  ("torch.hub:load", "no network in 'torch.hub'"), ("antigravity:x", "no network in")):
         with pytest.raises(ValueError, match=f"zoo entry 'x': .*{message}"):
             Card.from_toml("x", GOOD.replace("zoo.models.cifar_resnet:resnet20", architecture)).build()
 

@@ -89,8 +89,13 @@ def test_a_damaged_student_is_refused(runs, tmp_path):
     with pytest.raises(ValueError, match="does not have the SHA-256"):
         load_run(tmp_path)
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(ValueError, match="not what granq qat writes"):
+    with pytest.raises(ValueError, match="run.json' is not a readable JSON file"):
         load_run(tmp_path)
+    whole = json.loads((runs / "static" / "run.json").read_text())
+    for change in (dict(network=5), dict(network="../other/card.toml"), dict(act_bit_width="4"), dict(learned_scale="yes")):
+        (tmp_path / "run.json").write_text(json.dumps(whole | change))
+        with pytest.raises(ValueError, match="run.json' is not what granq qat writes"):
+            load_run(tmp_path)
     (tmp_path / "run.json").unlink()
     with pytest.raises(FileNotFoundError, match="no finished run"):
         load_run(tmp_path)

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from granq_plugin.atomic import write_text
+from granq_plugin.reading import read_json
 
 __all__ = ["open_folder"]
 
@@ -29,7 +30,7 @@ def open_folder(path: str | Path, identity: dict, stages: tuple[str, ...]) -> bo
     mark = folder / MARK
     if mark.is_file():
         try:
-            found = json.loads(mark.read_text(encoding="utf-8"))
+            found = read_json(mark)
         except ValueError:
             found = None
         if found != identity:

@@ -59,8 +59,8 @@ class CifarResNet(nn.Module):
 
     def __init__(self, depth: int = 20, num_classes: int = 10, shortcut: str = "B", in_channels: int = 3) -> None:
         super().__init__()
-        if depth < 8 or (depth - 2) % 6:
-            raise ValueError(f"depth must be 6n + 2 (8, 20, 32, 44, 56, 110), got {depth}")
+        if not 8 <= depth <= 2000 or (depth - 2) % 6:
+            raise ValueError(f"depth must be 6n + 2 (8, 20, 32, 44, 56, 110; up to 2000), got {depth}")
         if shortcut not in ("A", "B"):
             raise ValueError(f"shortcut must be 'A' or 'B', got {shortcut!r}")
         blocks = (depth - 2) // 6
