@@ -31,7 +31,8 @@ def to_static(
 
     Args:
         model: a model with :class:`GranQActPerChannel` quantizers, as :func:`quantize` returns it.
-        calibration_batches: iterable of input tensors, or of tuples whose first element is one (labels are not used).
+        calibration_batches: iterable of input tensors, or of tuples whose first element is one (labels are not used), of any
+            float type and device: the synthetic images of a run of zero-shot QAT, say.
         act_quant: the static quantizer.
         forward: how to run the model on a batch, e.g. ``lambda model, batch: model(**batch)`` for several inputs.
         inplace: convert ``model`` itself; otherwise a deep copy.
@@ -52,12 +53,12 @@ def to_static(
     if not dynamic:
         raise ValueError("model has no dynamic GranQ activation quantizer (GranQActPerChannel) to make static")
     modes = {m: m.training for m in model.modules()}
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    like = next(model.parameters(), torch.empty(0))
 
     def first_element(model, batch):
         x = _input_of(batch)
         if len(x):
-            model(x.to(device))
+            model(x.to(like.device, like.dtype if x.is_floating_point() else x.dtype))
 
     batches = 0
     model.eval()
