@@ -43,6 +43,13 @@ def to_static(
     Raises:
         ValueError: if there is no batch or no sample, nothing dynamic to replace, or calibration data is not finite.
         TypeError: if ``calibration_batches`` is one tensor, or a batch is none, or act_quant is not a static GranQ quantizer.
+
+    Example:
+        >>> from granq_plugin import quantize
+        >>> dynamic = quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), weight_bit_width=4, act_bit_width=4)
+        >>> static = to_static(dynamic, [torch.rand(16, 3, 6, 6) for _ in range(4)])
+        >>> list(static[1].act_quant.scale().shape)
+        [1, 8, 1, 1]
     """
     if isinstance(calibration_batches, Tensor) or not isinstance(calibration_batches, Iterable):
         raise TypeError(f"calibration_batches must be an iterable of batches, got a {type(calibration_batches).__name__}; "

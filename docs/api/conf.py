@@ -16,9 +16,6 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_use_ivar = True
 maximum_signature_line_length = 88
-# every reference must lead somewhere, but for those into other projects, which nothing is downloaded for
-nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(torch|pathlib|collections|brevitas)\..*|nn\.Module|Tensor|Path|fx\.GraphModule|nn\.Parameter")]
 # Brevitas's injectors have an answer to every attribute that inspect asks for, but not a signature
 for name in filter(lambda name: name.startswith("GranQ"), granq_plugin.__all__):
     type.__setattr__(getattr(granq_plugin, name), "__signature__", inspect.Signature())
