@@ -29,6 +29,10 @@ def list_models(pattern: str = "*", zoo_dir: str | Path | None = None) -> list[s
 
     Args:
         zoo_dir: another zoo's folder than the package's own.
+
+    Example:
+        >>> list_models("resnet8_digits*static")
+        ['resnet8_digits.granq_w3a3_static']
     """
     cards = _root(zoo_dir).joinpath("cards")
     names = [f.name.removesuffix(".toml") for f in cards.iterdir() if f.name.endswith(".toml")] if cards.is_dir() else []
@@ -40,6 +44,11 @@ def get_card(name: str, zoo_dir: str | Path | None = None) -> Card:
 
     Raises:
         ValueError: with the nearest names if there is no such entry; if the card is malformed. FileNotFoundError: for a file.
+
+    Example:
+        >>> card = get_card("resnet8_digits.granq_w3a3")
+        >>> card.quantization.bits, card.results.images
+        ('W3A3', 359)
     """
     if name.endswith(".toml"):
         path = existing_file(name, "card file")
@@ -126,7 +135,11 @@ def get_model(
             ValueError also for a folded network without published ranges.
 
     Example:
-        >>> model = get_model("resnet20_cifar10.granq_w4a4", pretrained=True)  # doctest: +SKIP
+        >>> import torch
+        >>> model = get_model("resnet8_digits.granq_w3a3", pretrained=True)
+        >>> images = torch.randint(256, (2, 1, 8, 8), dtype=torch.uint8)
+        >>> list(model(model.card.preprocessing(images)).shape)
+        [2, 10]
     """
     card = get_card(name, zoo_dir)
     if pretrained and weights is not None:

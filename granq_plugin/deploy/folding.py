@@ -52,8 +52,16 @@ def fold(model: nn.Module, example_input, *, trainable: bool = False, inplace: b
             that is called, or a weight that is shared, at places of different scales; learned weight scales, quantized biases.
 
     Example:
-        >>> folded = fold(static, images[:1])  # doctest: +SKIP
-        >>> student = fold(static, images[:1], trainable=True)  # train it, then: deployed = bake(student)  # doctest: +SKIP
+        >>> from granq_plugin import to_static
+        >>> from granq_plugin.deploy import prepare
+        >>> images = torch.rand(16, 3, 6, 6)
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10)).eval()
+        >>> static = to_static(prepare(net, images[:1]), [images])
+        >>> folded = fold(static, images[:1])
+        >>> list(static.get_submodule("2").act_quant.scale().shape), folded.get_submodule("2").act_quant.scale()
+        ([1, 8, 1, 1], tensor(1.))
+        >>> student = fold(static, images[:1], trainable=True)  # train it, then:
+        >>> deployed = bake(student)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -88,6 +96,8 @@ def bake(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         ValueError: if the model has no such scales.
+
+    Example: see :func:`fold`.
     """
     model = model if inplace else copy_model(model)
     scaled = [(m, name) for m in model.modules() if parametrize.is_parametrized(m) for name in list(m.parametrizations)

@@ -37,7 +37,12 @@ def plot_ranges(static: nn.Module, folded: nn.Module | None, path: str | Path) -
         ModuleNotFoundError: without matplotlib (extra ``zoo``).
 
     Example:
-        >>> plot_ranges(static, fold(static, images[:1]), "ranges.png")  # doctest: +SKIP
+        >>> import tempfile
+        >>> from granq_plugin import quantize, to_static
+        >>> dynamic = quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), weight_bit_width=4, act_bit_width=4)
+        >>> static = to_static(dynamic, [torch.rand(16, 3, 6, 6)])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_ranges(static, None, f"{folder}/ranges.png")
     """
     try:
         stages = {"before folding": activation_scales(static)}

@@ -127,6 +127,10 @@ def preset(name: str, **settings) -> ZeroShotConfig:
 
     Raises:
         ValueError: for an unknown name or setting.
+
+    Example:
+        >>> preset("cifar10_fast", image_size=64, num_classes=20).total_iterations
+        1200
     """
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
