@@ -4,8 +4,8 @@
 
 RUN_DIR is a run of ``granq qat`` with a memory; its network, bit widths and regime are taken. A switch is judged by the agreement
 of student and teacher on unlabelled natural images that neither network was trained or is tested on (``--judge``, an ``.npz``
-file); ``--data`` also prints test accuracy, which decides nothing. Writes ``benchmarks/results/ablation.csv`` and the README's
-table.
+file); ``--data`` also prints test accuracy, which decides nothing. Writes ``benchmarks/results/ablation.csv`` and its
+table in docs/results.md; with ``--only``, the other rows stay as they were.
 """
 
 import time
@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from benchmarks.readme import replace_table
-from benchmarks.rows import write
+from benchmarks.rows import read, write
 
 RESULTS = Path(__file__).parent / "results"
 MARKER = "ablation: written by python -m benchmarks.ablation"
@@ -30,8 +30,9 @@ SWITCHES = {
     "attention maps x 10": dict(feature_loss="attention", feature_weight=10.0),
     "sharpness-aware (twice the work)": dict(sam_rho=0.02),
     "low-pass filtered images": dict(low_pass=10.0),
+    "weight ranges of least squared error": dict(weight_range_mode="mse"),
 }
-"""What each run changes of the first."""
+"""What each run changes of the first: settings of ``ZeroShotConfig`` or of ``Quantization``."""
 
 
 @click.command(help=__doc__)
@@ -41,9 +42,11 @@ SWITCHES = {
 @click.option("--judge-images", type=click.IntRange(min=1), default=2000, show_default=True)
 @click.option("--data", type=click.Path(path_type=Path), help="Also print accuracy on its test set.")
 @click.option("--iterations", type=click.IntRange(min=1), default=400, show_default=True, help="Of each run, of 32 images.")
-@click.option("--only", multiple=True, help="Only switches whose name contains this; the table is not written.")
+@click.option("--only", multiple=True, help="Only switches whose name contains this.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
 def main(run_dir, weights, judge, judge_images, data, iterations, only, threads) -> None:
+    from dataclasses import fields, replace
+
     import torch
 
     import zoo.data
@@ -51,6 +54,7 @@ def main(run_dir, weights, judge, judge_images, data, iterations, only, threads)
     import zoo.weights
     from granq_plugin.zero_shot import preset, zero_shot_qat
     from granq_plugin.zero_shot.step import low_pass
+    from zoo.quantization import Quantization
     from zoo.students import load_run
 
     torch.set_num_threads(threads)
@@ -68,12 +72,15 @@ def main(run_dir, weights, judge, judge_images, data, iterations, only, threads)
     for name, changes in SWITCHES.items():
         if only and not any(o in name for o in only):
             continue
+        quantizers = {f.name: changes[f.name] for f in fields(Quantization) if f.name in changes}
+        quantization = replace(described.quantization, **quantizers)
         config = preset(f"{card.dataset}_fast", memory_size=0, replay_steps=0, warmup_epochs=0, epochs=8,
-                        iterations=max(1, iterations // 8), bf16=True, channels_last=True).replace(**changes)
+                        iterations=max(1, iterations // 8), bf16=True, channels_last=True).replace(
+                            **{k: v for k, v in changes.items() if k not in quantizers})
         seen = low_pass(images, config.low_pass) if config.low_pass else images
         start = time.perf_counter()
         try:
-            student = zero_shot_qat(described.build(teacher), teacher, config, images=seen).student
+            student = zero_shot_qat(quantization.build(teacher, described.example_input()), teacher, config, images=seen).student
         except FloatingPointError as e:
             click.echo(f"{name}: {e}")
             continue
@@ -85,9 +92,11 @@ def main(run_dir, weights, judge, judge_images, data, iterations, only, threads)
             row["top1"] = f"{zoo.evaluate.evaluate(student, test_set, card.preprocessing).top1:.2f}"
         click.echo(row)
         rows.append(row)
+    file = RESULTS / "ablation.csv"
     if only:
-        return
-    write(RESULTS / "ablation.csv", list(rows[0]), rows)
+        new = {r["switch"]: r for r in rows}
+        rows = [new.pop(r["switch"], r) for r in read(file)] + list(new.values())
+    write(file, list(rows[0]), rows)
     how = described.quantization
     replace_table(MARKER, table(rows, f"{described.network}, {how.bits}, "
                                 f"{how.weight_regime} weights, {how.activations} activations; {iterations} iterations "

@@ -3,7 +3,7 @@
     python -m benchmarks.accuracy --data DIR --weights FILE --calibration-data FILE
 
 Evaluates resnet20_cifar10 on the full test set at several bit widths, for every regime, and a stock Brevitas quantizer beside
-them. Writes ``benchmarks/results/accuracy.csv`` and ``.png``, and the table in the README.
+them. Writes ``benchmarks/results/accuracy.csv`` and ``.png``, and the table in docs/results.md.
 """
 
 from pathlib import Path

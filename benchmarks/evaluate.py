@@ -5,7 +5,7 @@
 ResNet-20 on CIFAR-10 test images in memory, through ``zoo.evaluate``: float, and W4A4 with dynamic, static and folded activations,
 in both memory formats; "loading" is the same without a network: batches, normalization, counting. Ranges come from random images,
 which changes accuracy but not speed. Networks take turns; medians. Replaces the rows of this device and number of threads in
-``benchmarks/results/evaluate.csv``, and writes the chart and the table in the README.
+``benchmarks/results/evaluate.csv``, and writes the chart and the table in docs/results.md.
 """
 
 import statistics

@@ -4,7 +4,7 @@
 
 ResNet-20 (trained), and a depthwise, a concatenating and a fully connected network (random weights, batch statistics of the
 calibration images): dynamic, static and folded, W4A4 and W3A3, as QONNX in qonnx's executor and onnxruntime and as QCDQ in
-onnxruntime. Writes ``benchmarks/results/export.csv`` and the README's table. Further parts, each with its own results:
+onnxruntime. Writes ``benchmarks/results/export.csv`` and the table in docs/results.md. Further parts, each with its own results:
 
 ``--ladder RUN_DIR`` (again for each run of ``granq qat``): ``export_ladder.csv``, the accuracy from float to the exported file on
 the full test set, with how each was trained; ``--untrained-ladder``: the same of ResNet-20 without training. ``--hls4ml RUN_DIR``

@@ -14,7 +14,7 @@ folded; ``python -m benchmarks.export --finn-files DIR`` writes both. A network 
 constant to multiply by or add before the last matrix product and only products of integers, the transposition of the input is the
 only operator that is not mapped to hardware, one partition is made and its resources are estimated, and if numpy execution equals
 the file's to 1e-5 of the largest output after every step. A control must fail. Exit code 1 otherwise. Writes
-``benchmarks/results/finn_plus.csv`` and the README's table.
+``benchmarks/results/finn_plus.csv`` and the table in docs/results.md.
 """
 
 import json

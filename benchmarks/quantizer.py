@@ -5,7 +5,7 @@
 Forward, and forward with backward, of 4-bit activation quantizers on the activations of ResNet-20, -18, -50 and MobileNetV2, in
 float32 on CPU. All methods take turns, round after round, in one process; medians and quartiles, each also as a ratio to
 ``torch.clone`` in the same rounds, and as bytes (the tensor read once and written once) per second beside a measured copy. Writes
-``quantizer*.csv`` and ``.png`` into ``benchmarks/results``, and the table in the README.
+``quantizer*.csv`` and ``.png`` into ``benchmarks/results``, and the table in docs/results.md.
 """
 
 import math

@@ -5,7 +5,7 @@
 Networks with fresh weights, 3 bits, weights per kernel (the published regime). Both loops take turns in one process; medians of
 whole iterations, optimizers included. Then both run in phases (benchmarks/recipe_profile.py), in turns too. Replaces the rows of
 these networks, batch sizes, devices and threads in ``benchmarks/results/recipe.csv`` and ``recipe_profile.csv``, and both tables in
-the README.
+docs/results.md.
 """
 
 import statistics
@@ -106,7 +106,7 @@ def profile_table(rows: list[dict]) -> str:
 
 
 def tables() -> str:
-    """What stands in the README."""
+    """What stands in docs/results.md."""
     return table(read_rows()) + "\n\n" + profile_table(read_rows(RESULTS / "recipe_profile.csv"))
 
 
@@ -139,7 +139,7 @@ def merge_rows(path: Path, fields: tuple[str, ...], rows: list[dict]) -> None:
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--compile", "mode", type=click.Choice(["off", "default", "cudagraphs"]), default="off", show_default=True,
               help="Of ours; cudagraphs needs a GPU, where small batches are bound by launches.")
-@click.option("--table-only", is_flag=True, help="Write the README's tables from the CSV files that are there.")
+@click.option("--table-only", is_flag=True, help="Write the tables of docs/results.md from the CSV files that are there.")
 def main(networks, batch_sizes, repeats, device, threads, mode, table_only) -> None:
     import torch
     torch.set_num_threads(threads)

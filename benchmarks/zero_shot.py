@@ -3,7 +3,7 @@
     python -m benchmarks.zero_shot RUN_DIR...
 
 Rows of earlier runs stay unless a new one has the name of their log.
-Writes ``benchmarks/results/zero_shot.csv``, a log per run in ``benchmarks/results/zero_shot/``, the table in the README, and
+Writes ``benchmarks/results/zero_shot.csv``, a log per run in ``benchmarks/results/zero_shot/``, the table in docs/results.md, and
 ``zero_shot.png``: accuracy against iterations, of the runs that were evaluated along the way (``--evaluate-every``). Every number
 is of the last epoch, on the whole test set.
 """
@@ -52,7 +52,7 @@ def table(rows: list[dict]) -> str:
             f"`{first['teacher_weights_sha256'][:12]}`…).", "",
             "| weights | activations | bits | top-1 % | retention | iterations x batch | images |", "|---|---|---|---|---|---|---|"]
         lines += [f"| {r['weights']} | {r['activations']} | {r['bits']} | {r['top1']} | {float(r['retention']):.3f} | "
-                  f"{r['iterations']} x {r['batch_size']} | [{r['images']}](benchmarks/results/zero_shot/{r['log']}) |"
+                  f"{r['iterations']} x {r['batch_size']} | [{r['images']}](../benchmarks/results/zero_shot/{r['log']}) |"
                   for r in of_network]
         lines.append("")
     return "\n".join(lines).rstrip()

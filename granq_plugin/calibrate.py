@@ -31,7 +31,8 @@ def to_static(
 
     Args:
         model: a model with :class:`GranQActPerChannel` quantizers, as :func:`quantize` returns it.
-        calibration_batches: iterable of input tensors, or of tuples whose first element is one (labels are not used).
+        calibration_batches: iterable of input tensors, or of tuples whose first element is one (labels are not used), of any
+            float type and device: the synthetic images of a run of zero-shot QAT, say.
         act_quant: the static quantizer.
         forward: how to run the model on a batch, e.g. ``lambda model, batch: model(**batch)`` for several inputs.
         inplace: convert ``model`` itself; otherwise a deep copy.
@@ -42,6 +43,13 @@ def to_static(
     Raises:
         ValueError: if there is no batch or no sample, nothing dynamic to replace, or calibration data is not finite.
         TypeError: if ``calibration_batches`` is one tensor, or a batch is none, or act_quant is not a static GranQ quantizer.
+
+    Example:
+        >>> from granq_plugin import quantize
+        >>> dynamic = quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), weight_bit_width=4, act_bit_width=4)
+        >>> static = to_static(dynamic, [torch.rand(16, 3, 6, 6) for _ in range(4)])
+        >>> list(static[1].act_quant.scale().shape)
+        [1, 8, 1, 1]
     """
     if isinstance(calibration_batches, Tensor) or not isinstance(calibration_batches, Iterable):
         raise TypeError(f"calibration_batches must be an iterable of batches, got a {type(calibration_batches).__name__}; "
@@ -52,12 +60,12 @@ def to_static(
     if not dynamic:
         raise ValueError("model has no dynamic GranQ activation quantizer (GranQActPerChannel) to make static")
     modes = {m: m.training for m in model.modules()}
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    like = next(model.parameters(), torch.empty(0))
 
     def first_element(model, batch):
         x = _input_of(batch)
         if len(x):
-            model(x.to(device))
+            model(x.to(like.device, like.dtype if x.is_floating_point() else x.dtype))
 
     batches = 0
     model.eval()

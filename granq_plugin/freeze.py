@@ -31,6 +31,12 @@ def freeze_weights(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         ValueError: names the layer, if its weight is computed from others (``fold(..., trainable=True)``: bake it first), is not
             float32 or not finite, or has a quantizer in common with another weight; if there is nothing to freeze.
+
+    Example:
+        >>> from granq_plugin import quantize
+        >>> frozen = freeze_weights(quantize(nn.Sequential(nn.Linear(64, 1), nn.ReLU()), weight_bit_width=2, act_bit_width=4))
+        >>> frozen[0].weight.unique().numel()  # 2 bits
+        4
     """
     model = model if inplace else copy_model(model)
     layers = _quantized_layers(model)

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 MIN_RANGE = 1e-8
-"""The smallest range of a channel (paper's epsilon): a constant channel is quantized with this step, not divided by zero."""
+"""The smallest range of a channel (paper's epsilon). A constant channel is quantized with this step, not divided by zero."""
 
 MAX_BIT_WIDTH = 16
 _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -64,6 +64,8 @@ def check_bit_width(bit_width) -> int:
     Raises:
         TypeError: if it is not a number. ValueError: if it is not a whole number from 1 to 16.
     """
+    if type(bit_width) is int and 1 <= bit_width <= MAX_BIT_WIDTH:
+        return bit_width
     if isinstance(bit_width, Tensor) and bit_width.numel() == 1:
         bit_width = bit_width.item()
     allowed = f"a whole number from 1 to {MAX_BIT_WIDTH}"
@@ -126,6 +128,11 @@ def channel_range(x: Tensor, channel_axis: int = 1, per_sample: bool = True) -> 
 
     Note:
         A NaN or Inf poisons the range of its own channel (of its own sample) and no other.
+
+    Example:
+        >>> lo, hi = channel_range(torch.rand(2, 3, 8, 8))
+        >>> list(lo.shape), list(channel_range(torch.rand(2, 3, 8, 8), per_sample=False)[0].shape)
+        ([2, 3, 1, 1], [1, 3, 1, 1])
     """
     check_float(x)
     axes = _reduced_axes(x, channel_axis, per_sample)
@@ -323,6 +330,12 @@ def quantize_to_integers(x: Tensor, scale: Tensor, zero_point: Tensor, bit_width
 
     Raises:
         ValueError: see :func:`check_bit_width` and :func:`check_finite`: no integer stands for NaN or Inf.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 0.1, 0.2, 0.3]])
+        >>> scale, zero_point = affine_params(x.amin(), x.amax(), bit_width=2)
+        >>> quantize_to_integers(x, scale, zero_point, bit_width=2)
+        tensor([[0, 1, 2, 3]], dtype=torch.uint8)
     """
     bit_width = check_bit_width(bit_width)
     check_finite(x)

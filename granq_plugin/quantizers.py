@@ -7,6 +7,7 @@ Options are keyword arguments of the Brevitas layer (``QuantReLU(act_quant=GranQ
 from inspect import isclass
 
 import brevitas.nn as qnn
+from brevitas.core.function_wrapper import TensorClamp, TensorClampSte
 from brevitas.inject import ExtendedInjector, value
 from brevitas.inject.enum import (
     BitWidthImplType,
@@ -105,18 +106,26 @@ class GranQWeightPerChannel(_UnsignedInt8, WeightQuantSolver):
     """
     Weight quantizer per output channel, asymmetric min/max (the range is stretched to contain 0), identity gradient.
 
+    Options: ``bit_width`` (1 to 16, default 8), ``range_mode``: "minmax", or "mse" for ranges of least squared error, which clip
+    what lies far out (see :class:`~granq_plugin.core.weight.MinMaxWeightQuant`).
+
     Examples:
         >>> from brevitas.nn import QuantConv2d
         >>> conv = QuantConv2d(8, 16, 3, weight_quant=GranQWeightPerChannel, weight_bit_width=4)
     """
     tensor_quant = MinMaxWeightQuant
     proxy_class = GranQWeightProxy
+    range_mode = "minmax"
+
+    @value
+    def tensor_clamp_impl(range_mode):  # as in Brevitas: only a range that need not hold all weights keeps gradients from some
+        return TensorClamp if range_mode == "mse" else TensorClampSte
 
 
 class GranQWeightPerChannelSymmetric(GranQWeightPerChannel):
     """
     Weight quantizer per output channel, symmetric with narrow range and zero point 0, identity gradient: what integer
-    accelerators (FINN, hls4ml) take. At least 2 bits.
+    accelerators (FINN, hls4ml) take. At least 2 bits. Options as for :class:`GranQWeightPerChannel`.
 
     Examples:
         >>> from brevitas.nn import QuantConv2d

@@ -1,13 +1,26 @@
 """The committed tables are what the commands write, and the commands measure what their labels say."""
 
 import csv
+import re
 
 import pytest
 import torch
 from torch import nn
 
 import zoo
-from benchmarks import ablation, accuracy, evaluate, export, finn_plus, quantizer, readme, recipe, recipe_profile, zero_shot
+from benchmarks import (
+    ablation,
+    accuracy,
+    evaluate,
+    export,
+    finn_plus,
+    headline,
+    quantizer,
+    readme,
+    recipe,
+    recipe_profile,
+    zero_shot,
+)
 from granq_plugin.core.proxy import GranQDynamicActProxy, GranQStaticActProxy
 from granq_plugin.zero_shot.step import generator_step
 from zoo.data import ImageSet
@@ -203,3 +216,28 @@ def test_the_ablation_table_is_the_committed_csv_s():
     caption, _ = readme.current_table(ablation.MARKER).split("\n\n")
     assert readme.current_table(ablation.MARKER) == ablation.table(rows, caption)
     assert {r["switch"] for r in rows} == set(ablation.SWITCHES)
+
+
+def test_the_first_table_of_the_readme_is_that_of_the_results():
+    assert readme.page_of(headline.MARKER).name == "README.md"
+    assert readme.current_table(headline.MARKER) == headline.current()
+    lines = headline.accuracies()
+    assert set(lines["full precision"]) == {(n, b) for n in headline.NETWORKS.values() for b in headline.BITS}
+    first = headline.NETWORKS["CIFAR-10"]
+    teachers = {zoo.get_card(f"{first}.granq_w{b}a{b}{s}").teacher.sha256 for b in headline.BITS for s in headline.TRAINED.values()}
+    assert teachers == {r["weights_sha256"] for r in accuracy.read_rows()}  # a column has one full precision
+    assert {r["float_top1"] for r in accuracy.read_rows()} == {f"{lines['full precision'][first, 4]:.2f}"}
+
+
+def test_each_pair_of_markers_stands_in_one_page():
+    pages = [p.read_text(encoding="utf-8") for p in readme.PAGES]
+    markers = [m for text in pages for m in re.findall(r"<!-- (\w+): written by", text)]
+    assert len(markers) == len(set(markers)) and len(markers) >= 10
+    with pytest.raises(ValueError, match="results.md' needs one pair of markers"):
+        readme.current_table("nowhere: written by nobody")
+
+
+def test_the_ladder_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib (bench extra) is not installed")
+    headline.plot(headline.read(headline.RESULTS / "export_ladder.csv"), tmp_path / "ladder.png")
+    assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")

@@ -41,7 +41,7 @@ from granq_plugin.core.weight import MinMaxWeightQuant
 ACTS = {"dynamic": GranQActPerChannel, "static": GranQActPerChannelStatic}
 WEIGHTS = {
     "per_channel": GranQWeightPerChannel, "symmetric": GranQWeightPerChannelSymmetric,
-    "per_kernel": GranQWeightPerKernel}
+    "mse": GranQWeightPerChannel.let(range_mode="mse"), "per_kernel": GranQWeightPerKernel}
 
 every_net = pytest.mark.parametrize("act, weight", [(a, w) for a in ACTS for w in WEIGHTS])
 

@@ -1,16 +1,20 @@
 """The granq command: results, and one line and exit code 2 for bad input."""
 
 import json
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 import zoo
 from granq_plugin import cli
+from granq_plugin.export.ranges_plot import activation_scales
+from zoo.students import static_and_folded
 
 NAME = "resnet20_cifar10"
 
@@ -163,3 +167,48 @@ def test_without_scikit_learn_the_digits_name_its_extra(capsys, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     code, _, err = run(["evaluate", "resnet8_digits"], capsys)
     assert code == 2 and err.splitlines()[-1].endswith("sklearn is missing: pip install 'granq-plugin[zoo]'")
+
+
+def complete(line):
+    *words, incomplete = line.split(" ")
+    return [item.value for item in ShellComplete(cli.cli, {}, "granq", "_GRANQ_COMPLETE").get_completions(words, incomplete)]
+
+
+def test_shell_completion_knows_verbs_options_and_names(tmp_path):
+    assert complete("re") == ["report"]
+    assert "--weight-bits" in complete("qat resnet20_cifar10 --we")
+    floats = complete("qat resnet")
+    assert floats and all(zoo.get_card(name).quantization is None for name in floats)
+    assert complete("zoo evaluate ") == zoo.list_models()
+    assert complete("ranges resnet20_cifar10.granq_w4a4_") == zoo.list_models("resnet20_cifar10.granq_w4a4_*")
+    assert complete("qat resnet8_digits --weight-bits 3 --preset digits") == ["digits_fast"]
+    (tmp_path / "cards").mkdir()
+    (tmp_path / "cards" / "mine.toml").write_text(zoo.get_card("resnet8_digits").to_toml())
+    assert complete(f"zoo card --zoo {tmp_path} ") == ["mine"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_are_told_how_to_complete(shell):
+    process = subprocess.run([sys.executable, "-m", "granq_plugin"], capture_output=True, text=True,
+                             env=os.environ | {"_GRANQ_COMPLETE": f"{shell}_source"})
+    assert process.returncode == 0 and f"_GRANQ_COMPLETE={shell}_complete" in process.stdout
+
+
+def test_ranges_of_zoo_entries_are_drawn(tmp_path, capsys):
+    for name in ("resnet8_digits.granq_w3a3_folded", "resnet8_digits.granq_w3a3_static"):
+        code, out, err = run(["ranges", name, "--out", tmp_path / f"{name}.png"], capsys)
+        assert code == 0, err
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") and name in out
+    for name, message in (("resnet8_digits.granq_w3a3", "dynamic activations"), ("resnet8_digits", "is a float network"),
+                          ("resnet9_digits", "no zoo entry 'resnet9_digits'"), (tmp_path, "holds no finished run")):
+        code, _, err = run(["ranges", name, "--out", tmp_path / "none.png"], capsys)
+        assert code == 2 and message in err and err.count("\n") == 1
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_the_folded_entry_s_ranges_are_those_that_were_folded():
+    static, folded = static_and_folded("resnet8_digits.granq_w3a3_folded")
+    scales, after = activation_scales(static), activation_scales(folded)
+    assert set(after) <= set(scales) and max(map(len, scales.values())) > 1
+    assert all(s.tolist() == [1.0] for name, s in after.items() if "input_quant" not in name)
+    assert all(torch.equal(scales[n], after[n]) for n in after if "input_quant" in n)

@@ -10,6 +10,7 @@ import granq_plugin as gq
 from granq_plugin.freeze import freeze_weights, frozen_layers, use_frozen_quantizers
 
 REGIMES = {"per-output-channel": gq.GranQWeightPerChannel, "symmetric": gq.GranQWeightPerChannelSymmetric,
+           "mse": gq.GranQWeightPerChannel.let(range_mode="mse"),
            "per-kernel": gq.GranQWeightPerKernel}
 
 

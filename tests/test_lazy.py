@@ -32,6 +32,8 @@ def packages_after(code: str) -> set[str]:
     "from granq_plugin import cli; assert cli.run(['--help']) == 0",
     "from granq_plugin import cli; assert cli.run(['--version']) == 0",
     "from granq_plugin import cli; assert cli.run(['qat', '--help-config']) == 0",
+    "import os; os.environ.update(_GRANQ_COMPLETE='bash_complete', COMP_WORDS='granq qat resnet20', COMP_CWORD='2')\n"
+    "from granq_plugin import cli\ntry: cli.run([])\nexcept SystemExit: pass",
     "from granq_plugin import cli\nfor verb in cli.VERBS: assert cli.run([verb, '-h']) == 0, verb",
 ])
 def test_nothing_heavy_is_imported_for(code):

@@ -30,7 +30,7 @@ class Preprocessing:
 
     Attributes:
         mean, std: a number per channel. resize: image files are first resized to this shorter side (torchvision's Resize), then
-        cropped in the centre; None: only cropped. interpolation: "bilinear" or "bicubic".
+            cropped in the centre; None: only cropped. interpolation: "bilinear" or "bicubic".
     """
     image_size: int
     mean: tuple[float, ...]
@@ -72,9 +72,10 @@ class Preprocessing:
 DATASETS = {
     "cifar10": (10, Preprocessing(32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))),
     "cifar100": (100, Preprocessing(32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))),
+    "digits": (10, Preprocessing(8, (0.3054, ), (0.3753, ))),
     "imagenet": (1000, Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=256)),
 }
-"""Classes and usual preprocessing, for networks without a card: channel statistics of the training images; torchvision's."""
+"""Classes and usual preprocessing, for networks without a card. Channel statistics of the training images; torchvision's."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Results:
 
     Attributes:
         data: what was evaluated on, in words. images: how many. correct, correct5: how many of them at first place, and among the
-        first five. top1, top5: the same in percent, to two decimals. float_top1: of the teacher, on the same images.
+            first five. top1, top5: the same in percent, to two decimals. float_top1: of the teacher, on the same images.
     """
     data: str
     images: int
@@ -137,7 +138,7 @@ class Training:
 
     Attributes:
         epochs: the last one, which is the one that is shipped. version: of the plugin. log: metrics, epoch by epoch, and config:
-        settings; files in the zoo's folder.
+            settings; files in the zoo's folder.
     """
     epochs: int
     version: str
@@ -154,7 +155,7 @@ class Card:
         dataset: the data set's name, which is also its folder's. license: of the weights. date: of the card's numbers.
         preset: of ``granq qat``. command: the one that made the entry, paths replaced by words.
         quantization: None for a float network. Others: see their types; None where there is none (weights: not shipped; results:
-        never evaluated; training: none, or elsewhere).
+            never evaluated; training: none, or elsewhere).
     """
     name: str
     architecture: str

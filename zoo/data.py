@@ -18,7 +18,7 @@ from zoo.card import DATASETS, Card
 if TYPE_CHECKING:
     from zoo.image_folder import FolderImages
 
-__all__ = ["BUNDLED", "ImageSet", "load_digits", "load_images", "read_npz"]
+__all__ = ["BUNDLED", "ImageSet", "in_memory", "load_digits", "load_images", "read_npz"]
 
 BUNDLED = ("digits", )
 """Data sets that come with a package of the ``zoo`` extra: no folder is needed."""
@@ -186,6 +186,22 @@ def load_images(
     hint = "; --download fetches it" if dataset in _TORCHVISION else ""
     raise FileNotFoundError(
         f"no {dataset} {split} images under {str(root)!r}; looked for: {', '.join(map(str, looked_for))}{hint}")
+
+
+def in_memory(data: "ImageSet | FolderImages") -> ImageSet:
+    """The same images, decoded, resized and cropped: for training, which draws them at random, again and again.
+
+    Raises:
+        ValueError: if they would take more than half of the machine's memory, or one of them cannot be read.
+    """
+    if isinstance(data, ImageSet):
+        return data
+    needed = len(data) * data.preprocessing.channels * data.preprocessing.image_size**2
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 2 * needed > memory:
+        raise ValueError(f"{len(data)} images of {data.source!r} take {needed / 2**30:.1f} GiB in memory, where training draws "
+                         f"them from; at most half of this machine's {memory / 2**30:.1f} GiB is allowed")
+    return ImageSet(data.images, data.labels, data.source, data.description)
 
 
 def _with_labels_below(classes: int, data: ImageSet) -> ImageSet:

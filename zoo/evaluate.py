@@ -90,6 +90,13 @@ def evaluate(
 
     Raises:
         ValueError: if there are no images, or they have the wrong size.
+
+    Example:
+        >>> from zoo import get_model
+        >>> from zoo.data import load_images
+        >>> model = get_model("resnet8_digits", pretrained=True)
+        >>> evaluate(model, load_images(None, "digits"), model.card.preprocessing).total
+        359
     """
     if not len(data):
         raise ValueError(f"no images in {data.source!r}")

@@ -156,6 +156,7 @@ def _student_entry(folder: Path, name: str | None, license: str | None):
     options = [f"--weight-bits {quantization.weight_bit_width} --act-bits {quantization.act_bit_width}"]
     options += [f"--activations {quantization.activations} --weight-regime {quantization.weight_regime}"]
     options += ["--learned-scale"] if quantization.learned_scale else []
+    options += [] if quantization.weight_range_mode == "minmax" else [f"--weight-range {quantization.weight_range_mode}"]
     options += [f"--config configs/{name}.toml --weights FILE"] + (["--images FILE"] if run.get("images_sha256") else [])
     command = f"granq qat {base.name} {' '.join(options)} --out RUN_DIR"
     training = Training(epochs, _entry(run, "version", str), f"logs/{name}.csv", f"configs/{name}.toml")

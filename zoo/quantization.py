@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the command line reads this file without torch
     from torch import Tensor, nn
 
-__all__ = ["ACTIVATIONS", "WEIGHT_REGIMES", "Quantization"]
+__all__ = ["ACTIVATIONS", "WEIGHT_RANGE_MODES", "WEIGHT_REGIMES", "Quantization"]
 
 WEIGHT_REGIMES = {
     "per-output-channel": "GranQWeightPerChannel",
@@ -17,6 +17,7 @@ WEIGHT_REGIMES = {
     "per-kernel": "GranQWeightPerKernel",
 }
 ACTIVATIONS = ("dynamic", "static", "folded")
+WEIGHT_RANGE_MODES = ("minmax", "mse")
 _SUFFIXES = {"per-output-channel": "", "per-output-channel-symmetric": "_symmetric", "per-kernel": "_per_kernel"}
 
 
@@ -29,6 +30,7 @@ class Quantization:
         activations: "dynamic" (the paper), "static", or "folded": static, with quantizers for the input, residual branches and
             pools, weights quantized after multiplication with the scales (for FINN; ``granq_plugin.deploy``).
         learned_scale: static scales go on learning once they are frozen.
+        weight_range_mode: "minmax" (the paper), or "mse": ranges of least squared error; not with per-kernel weights.
 
     Raises:
         TypeError, ValueError: at construction, naming the field, the value and what is allowed.
@@ -38,9 +40,11 @@ class Quantization:
     weight_regime: str = "per-output-channel"
     activations: str = "dynamic"
     learned_scale: bool = False
+    weight_range_mode: str = "minmax"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("weight_regime", tuple(WEIGHT_REGIMES)), ("activations", ACTIVATIONS)):
+        for name, allowed in (
+                ("weight_regime", tuple(WEIGHT_REGIMES)), ("activations", ACTIVATIONS), ("weight_range_mode", WEIGHT_RANGE_MODES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("weight_bit_width", "act_bit_width"):
@@ -50,6 +54,8 @@ class Quantization:
             raise TypeError(f"learned_scale must be true or false, got {self.learned_scale!r}")
         if self.learned_scale and self.activations != "static":
             raise ValueError(f"learned_scale needs static activations, got {self.activations}")
+        if self.weight_range_mode != "minmax" and self.weight_regime == "per-kernel":
+            raise ValueError(f"per-kernel weights have minmax ranges, got weight_range_mode={self.weight_range_mode!r}")
         if self.activations == "folded" and self.weight_regime != "per-output-channel-symmetric":
             raise ValueError(f"folded activations need per-output-channel-symmetric weights, got {self.weight_regime}")
 
@@ -67,7 +73,15 @@ class Quantization:
         """
         regime = "" if self.activations == "folded" else _SUFFIXES[self.weight_regime]
         activations = "" if self.activations == "dynamic" else f"_{self.activations}"
-        return f"granq_{self.bits.lower()}{regime}{activations}{'_learned' if self.learned_scale else ''}"
+        learned = "_learned" if self.learned_scale else ""
+        return f"granq_{self.bits.lower()}{regime}{activations}{learned}{'_mse' if self.weight_range_mode == 'mse' else ''}"
+
+    @property
+    def weight_quant(self):
+        """The weight quantizer's injector."""
+        import granq_plugin as gq
+        quant = getattr(gq, WEIGHT_REGIMES[self.weight_regime])
+        return quant if self.weight_range_mode == "minmax" else quant.let(range_mode=self.weight_range_mode)
 
     def build(
             self, teacher: nn.Module, example_input: Tensor,
@@ -81,12 +95,12 @@ class Quantization:
             ValueError: for folded activations without ``calibrate``; and see :func:`granq_plugin.quantize`.
         """
         import granq_plugin as gq
-        weight_quant = getattr(gq, WEIGHT_REGIMES[self.weight_regime])
         if self.activations != "folded":
             act_quant = gq.GranQActPerChannel
             if self.activations == "static":
                 act_quant = gq.GranQActPerChannelStatic.let(learned_scale=self.learned_scale)
-            return gq.quantize(teacher, self.weight_bit_width, self.act_bit_width, weight_quant=weight_quant, act_quant=act_quant)
+            return gq.quantize(
+                teacher, self.weight_bit_width, self.act_bit_width, weight_quant=self.weight_quant, act_quant=act_quant)
         if calibrate is None:
             raise ValueError("folded activations need ranges first: images of another run, or calibration data")
         from granq_plugin.deploy import fold
@@ -117,7 +131,7 @@ class Quantization:
         from granq_plugin.deploy import prepare
         return prepare(
             _deployable(teacher), example_input, self.weight_bit_width, self.act_bit_width,
-            weight_quant=getattr(gq, WEIGHT_REGIMES[self.weight_regime]), act_quant=gq.GranQActPerChannelStatic)
+            weight_quant=self.weight_quant, act_quant=gq.GranQActPerChannelStatic)
 
 
 def _deployable(teacher: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Tables in a README stand between markers, and only commands write them."""
+"""Tables in a README or another page stand between markers, and only commands write them."""
 
 from pathlib import Path
 

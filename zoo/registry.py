@@ -16,6 +16,8 @@ from zoo.card import DATASETS, Card
 if TYPE_CHECKING:  # the command line reads this file without torch
     from torch import nn
 
+    from zoo.packing import Packed
+
 __all__ = ["Card", "card_of", "get_card", "get_model", "list_models", "read_weights", "teacher_of"]
 
 def _root(zoo_dir: str | Path | None):
@@ -27,6 +29,10 @@ def list_models(pattern: str = "*", zoo_dir: str | Path | None = None) -> list[s
 
     Args:
         zoo_dir: another zoo's folder than the package's own.
+
+    Example:
+        >>> list_models("resnet8_digits*static")
+        ['resnet8_digits.granq_w3a3_static']
     """
     cards = _root(zoo_dir).joinpath("cards")
     names = [f.name.removesuffix(".toml") for f in cards.iterdir() if f.name.endswith(".toml")] if cards.is_dir() else []
@@ -38,6 +44,11 @@ def get_card(name: str, zoo_dir: str | Path | None = None) -> Card:
 
     Raises:
         ValueError: with the nearest names if there is no such entry; if the card is malformed. FileNotFoundError: for a file.
+
+    Example:
+        >>> card = get_card("resnet8_digits.granq_w3a3")
+        >>> card.quantization.bits, card.results.images
+        ('W3A3', 359)
     """
     if name.endswith(".toml"):
         path = existing_file(name, "card file")
@@ -124,7 +135,11 @@ def get_model(
             ValueError also for a folded network without published ranges.
 
     Example:
-        >>> model = get_model("resnet20_cifar10.granq_w4a4", pretrained=True)  # doctest: +SKIP
+        >>> import torch
+        >>> model = get_model("resnet8_digits.granq_w3a3", pretrained=True)
+        >>> images = torch.randint(256, (2, 1, 8, 8), dtype=torch.uint8)
+        >>> list(model(model.card.preprocessing(images)).shape)
+        [2, 10]
     """
     card = get_card(name, zoo_dir)
     if pretrained and weights is not None:
@@ -145,18 +160,29 @@ def from_bytes(card: Card, data: bytes) -> nn.Module:
     """
     from zoo.packing import read_packed
     packed = read_packed(data)
-
-    def calibrate(prepared: nn.Module) -> nn.Module:
-        state = prepared.state_dict()
-        absent = [k for k in state if "scaling_impl" in k and k not in packed.calibrated]
-        if absent:
-            raise ValueError(f"weights of {card.name!r} are of another network: they hold no {absent[0]}")
-        prepared.load_state_dict(state | packed.calibrated)
-        return prepared.eval()
     model = card.build()
     if card.quantization is not None:
-        model = quantized(card, model, calibrate)
+        model = quantized(card, model, lambda prepared: _with_ranges(card, prepared, packed))
     return packed.install(model)
+
+
+def calibrated_from_bytes(card: Card, data: bytes) -> nn.Module:
+    """Of a folded entry: the static network before folding, with the ranges of a file and fresh weights.
+
+    Raises:
+        ValueError: as :func:`from_bytes`.
+    """
+    from zoo.packing import read_packed
+    return _with_ranges(card, card.quantization.prepared(card.build(), card.example_input()), read_packed(data))
+
+
+def _with_ranges(card: Card, prepared: nn.Module, packed: Packed) -> nn.Module:
+    state = prepared.state_dict()
+    absent = [k for k in state if "scaling_impl" in k and k not in packed.calibrated]
+    if absent:
+        raise ValueError(f"weights of {card.name!r} are of another network: they hold no {absent[0]}")
+    prepared.load_state_dict(state | packed.calibrated)
+    return prepared.eval()
 
 
 def quantized(card: Card, model: nn.Module, calibrate: Callable[[nn.Module], nn.Module] | None = None) -> nn.Module:

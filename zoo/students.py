@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from granq_plugin.reading import read_json
 from zoo.card import Card
 from zoo.quantization import ACTIVATIONS, WEIGHT_REGIMES, Quantization
-from zoo.registry import get_card
+from zoo.registry import calibrated_from_bytes, from_bytes, get_card, read_weights
 
 if TYPE_CHECKING:  # the command line reads this file without torch
     from torch import Tensor, nn
 
-__all__ = ["ACTIVATIONS", "WEIGHT_REGIMES", "Student", "calibrated_network", "calibrator", "load_run"]
+__all__ = ["ACTIVATIONS", "WEIGHT_REGIMES", "Student", "calibrated_network", "calibrator", "load_run", "static_and_folded"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def load_run(run_dir: str | Path) -> tuple[Student, nn.Module, dict]:
             raise FileNotFoundError(f"{str(folder)!r} holds no finished run of granq qat: there is no {name}")
     run = read_json(folder / "run.json")
     try:
-        network, quantization = run["network"], Quantization(**{f.name: run[f.name] for f in fields(Quantization)})
+        network, quantization = run["network"], Quantization(**{f.name: run[f.name] for f in fields(Quantization) if f.name in run})
         expected = run["student_sha256"]
         if not isinstance(network, str) or (network.endswith(".toml") and network != "card.toml"):
             raise ValueError(f"network must be a zoo entry or card.toml, got {network!r}")
@@ -115,6 +115,28 @@ def calibrated_network(run_dir: str | Path) -> nn.Module:
     if activations != "folded":
         raise ValueError(f"{str(run_dir)!r} has {activations} activations: nothing was folded")
     return _calibrated_as(student.prepared(student.card.build()), Path(run_dir))
+
+
+def static_and_folded(source: str | Path) -> tuple[nn.Module, nn.Module | None]:
+    """The network with static ranges of a run's folder or a zoo entry, and what became of it by folding; None if it is not folded.
+
+    Raises:
+        ValueError: for dynamic activations, a float network, an unknown entry. FileNotFoundError: see :func:`load_run` and
+            :func:`zoo.registry.read_weights`.
+    """
+    if Path(source).is_dir():
+        student, network, _ = load_run(source)
+        quantization, calibrated = student.quantization, lambda: calibrated_network(source)
+    else:
+        card = get_card(str(source))
+        quantization = card.quantization
+        if quantization is None:
+            raise ValueError(f"{card.name!r} is a float network: it has no ranges")
+        data = read_weights(card)
+        network, calibrated = from_bytes(card, data), lambda: calibrated_from_bytes(card, data)
+    if quantization.activations == "dynamic":
+        raise ValueError(f"{str(source)!r} has dynamic activations, whose ranges are every image's own; draw static or folded ones")
+    return (calibrated(), network) if quantization.activations == "folded" else (network, None)
 
 
 def _calibrated_as(prepared: nn.Module, folder: Path) -> nn.Module:

@@ -21,6 +21,7 @@ VERBS = {
     "export": "granq_plugin.cli.export:export",
     "verify": "granq_plugin.cli.export:verify",
     "report": "granq_plugin.cli.export:report",
+    "ranges": "granq_plugin.cli.export:ranges",
     "zoo": "granq_plugin.cli.zoo:zoo",
 }
 
@@ -64,7 +65,14 @@ class LazyGroup(click.Group):
 @click.version_option(package_name="granq-plugin")
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Per-channel low-bit quantization of trained networks (GranQ) for Brevitas."""
+    """Per-channel low-bit quantization of trained networks (GranQ) for Brevitas.
+
+    \b
+    Example:
+      granq demo
+      granq zoo list
+      granq qat --help
+    """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 

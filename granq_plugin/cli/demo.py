@@ -25,6 +25,10 @@ def demo(out, weight_bits, act_bits) -> None:
 
     A float network for handwritten digits, which comes with the package, is quantized, trained on invented images, made ready for
     FPGAs, exported, run in other programs, and described in DIR/report.html.
+
+    \b
+    Example:
+      granq demo --out granq-demo
     """
     missing = [name.replace("sklearn", "scikit-learn") for name in _NEEDED if find_spec(name) is None]
     if missing:

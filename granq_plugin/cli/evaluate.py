@@ -5,14 +5,14 @@ from pathlib import Path
 
 import click
 
-from granq_plugin.cli.options import BitWidth, input_errors, open_card, open_device
+from granq_plugin.cli.options import BitWidth, complete_names, input_errors, open_card, open_device
 from zoo.quantization import WEIGHT_REGIMES
 
 __all__ = ["evaluate"]
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_names(float_only=True))
 @click.option("--weight-bits", type=BitWidth(), default=4, show_default=True, help="Bit width of the weights, 1 to 16.")
 @click.option("--act-bits", type=BitWidth(), default=4, show_default=True, help="Bit width of the activations, 1 to 16.")
 @click.option("--weight-regime", type=click.Choice(list(WEIGHT_REGIMES)), default="per-output-channel", show_default=True,

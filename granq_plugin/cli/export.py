@@ -1,12 +1,12 @@
-"""``granq export``, ``granq verify`` and ``granq report``: files for other tools, from a run of ``granq qat``."""
+"""``granq export``, ``verify``, ``report`` and ``ranges``: files for other tools, and what they hold."""
 
 from pathlib import Path
 
 import click
 
-from granq_plugin.cli.options import input_errors
+from granq_plugin.cli.options import complete_names, input_errors
 
-__all__ = ["export", "report", "verify"]
+__all__ = ["export", "ranges", "report", "verify"]
 
 FORMATS = ("qonnx", "qcdq", "finn")
 
@@ -18,9 +18,7 @@ FORMATS = ("qonnx", "qcdq", "finn")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", required=True, help="The ONNX file.")
 @click.option("--top-k", type=click.IntRange(min=1), help="finn: end in the indices of the k largest outputs.")
 @click.option("--dynamo", is_flag=True, help="qonnx, qcdq: torch's dynamo exporter instead of the older one.")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="PNG",
-              help="Of a folded network: also draw every channel's activation scale before and after folding.")
-def export(run_dir, file_format, out, top_k, dynamo, plot) -> None:
+def export(run_dir, file_format, out, top_k, dynamo) -> None:
     """Write the network of RUN_DIR (of granq qat) as an ONNX file that other tools read and compute alike.
 
     \b
@@ -33,8 +31,8 @@ def export(run_dir, file_format, out, top_k, dynamo, plot) -> None:
         raise click.UsageError("--dynamo: FINN maps only what the older exporter writes")
     with input_errors():
         from granq_plugin.deploy import export_finn
-        from granq_plugin.export import export_qcdq, export_qonnx, plot_ranges
-        from zoo.students import calibrated_network, load_run
+        from granq_plugin.export import export_qcdq, export_qonnx
+        from zoo.students import load_run
         student, network, run = load_run(run_dir)
         known = ("network", "teacher_weights_sha256", "float_top1", "top1", "test_images")
         metadata = {key: run[key] for key in known if key in run}
@@ -43,8 +41,6 @@ def export(run_dir, file_format, out, top_k, dynamo, plot) -> None:
             export_finn(network, example, out, top_k=top_k, metadata=metadata)
         else:
             (export_qonnx if file_format == "qonnx" else export_qcdq)(network, example, out, metadata=metadata, dynamo=dynamo)
-        if plot:
-            plot_ranges(calibrated_network(run_dir), network, plot)
     click.echo(f"{out}: {student.network}, {student.quantization.bits}, {student.quantization.activations} activations, "
                f"{file_format}")
 
@@ -94,7 +90,32 @@ def verify(file, run_dir, data, count, executors, batch_size) -> None:
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 def report(file) -> None:
-    """Print operations, bit operations and memory of an exported FILE, per layer and in total, beside 8-bit and float."""
+    """Print operations, bit operations and memory of an exported FILE, per layer and in total, beside 8-bit and float.
+
+    \b
+    Example:
+      granq report w4a4.onnx
+    """
     with input_errors():
         from granq_plugin.export import report as report_of
         click.echo(str(report_of(file)))
+
+
+@click.command()
+@click.argument("source", metavar="NAME|RUN_DIR", shell_complete=complete_names())
+@click.option("--out", type=click.Path(path_type=Path), metavar="PNG", required=True, help="The picture.")
+def ranges(source, out) -> None:
+    """Draw the activation scale of every channel: of a network with static ranges, or before and after folding.
+
+    NAME is a zoo entry, RUN_DIR a run of granq qat, with static or folded activations. Dynamic ranges are every image's own.
+
+    \b
+    Example:
+      granq ranges resnet20_cifar10.granq_w4a4_folded --out ranges.png
+      granq ranges runs/folded --out ranges.png
+    """
+    with input_errors():
+        from granq_plugin.export import plot_ranges
+        from zoo.students import static_and_folded
+        plot_ranges(*static_and_folded(source), out)
+    click.echo(f"{out}: activation scales of {source}")

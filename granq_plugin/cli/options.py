@@ -8,7 +8,9 @@ from pathlib import Path
 
 import click
 
-__all__ = ["BitWidth", "advance", "help_config", "input_errors", "join_ranks", "open_card", "open_device", "settings_from"]
+__all__ = [
+    "BitWidth", "advance", "complete_names", "complete_presets", "help_config", "input_errors", "join_ranks", "open_card",
+    "open_device", "settings_from"]
 
 _EXTRAS = dict(hls4ml="hls", tensorboard="tensorboard") | dict.fromkeys(
     ("matplotlib", "safetensors", "sklearn", "torchvision"), "zoo") | dict.fromkeys(
@@ -63,6 +65,22 @@ def help_config(text):
                         help="Print presets and all settings, and exit.")
 
 
+def complete_names(float_only: bool = False):
+    """A ``shell_complete`` for arguments that name zoo entries; without torch, and in the zoo of ``--zoo`` where it is given."""
+    def complete(context: click.Context, _, incomplete: str) -> list[str]:
+        from zoo.registry import get_card, list_models
+        zoo_dir = context.params.get("zoo_dir")
+        names = [name for name in list_models("*", zoo_dir) if name.startswith(incomplete)]
+        return [name for name in names if not float_only or get_card(name, zoo_dir).quantization is None]
+    return complete
+
+
+def complete_presets(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """A ``shell_complete`` for ``--preset``."""
+    from granq_plugin.zero_shot.config import PRESETS
+    return [name for name in PRESETS if name.startswith(incomplete)]
+
+
 def advance(bar, done: int) -> None:
     """Move a progress bar to ``done`` steps, one more than before; speed and time left of a resumed run count from its first."""
     if bar.n == 0:
@@ -75,6 +93,8 @@ class BitWidth(click.ParamType):
     name = "bits"
 
     def convert(self, value, param, ctx):
+        if ctx is not None and ctx.resilient_parsing:
+            return value  # shell completion: nobody computes with it, and it must not wait for torch
         from granq_plugin.functional import check_bit_width
         for number in (int, float):
             with contextlib.suppress(ValueError):

@@ -5,8 +5,19 @@ from pathlib import Path
 
 import click
 
-from granq_plugin.cli.options import BitWidth, advance, help_config, input_errors, join_ranks, open_card, open_device, settings_from
-from zoo.quantization import ACTIVATIONS, WEIGHT_REGIMES, Quantization
+from granq_plugin.cli.options import (
+    BitWidth,
+    advance,
+    complete_names,
+    complete_presets,
+    help_config,
+    input_errors,
+    join_ranks,
+    open_card,
+    open_device,
+    settings_from,
+)
+from zoo.quantization import ACTIVATIONS, WEIGHT_RANGE_MODES, WEIGHT_REGIMES, Quantization
 
 __all__ = ["qat"]
 
@@ -17,7 +28,7 @@ def _settings_text() -> str:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_names(float_only=True))
 @click.option("--out", type=click.Path(path_type=Path), metavar="RUN_DIR", required=True,
               help="Folder for everything that the run leaves; a new one, or with --resume that of the same run.")
 @click.option("--weights", type=click.Path(path_type=Path), metavar="FILE",
@@ -30,8 +41,11 @@ def _settings_text() -> str:
 @click.option("--weight-regime", type=click.Choice(list(WEIGHT_REGIMES)),
               help="Granularity of the weights; per-kernel is for comparison with the paper only  [default: per-output-channel; "
               "with folded activations per-output-channel-symmetric].")
+@click.option("--weight-range", type=click.Choice(WEIGHT_RANGE_MODES), default="minmax", show_default=True,
+              help="Ranges of the weights: minmax, the paper's, or mse, of least squared error, which clips outliers.")
 @click.option("--learned-scale", is_flag=True, help="With static activations: frozen scales go on learning.")
-@click.option("--preset", "preset_name", metavar="NAME", help="Named settings  [default: the card's, or the data set's fast ones].")
+@click.option("--preset", "preset_name", metavar="NAME", shell_complete=complete_presets,
+              help="Named settings  [default: the card's, or the data set's fast ones].")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE",
               help="TOML file of settings that differ from the preset's.")
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="One more setting; may be repeated.")
@@ -46,8 +60,8 @@ def _settings_text() -> str:
 @click.option("--device", default="cpu", show_default=True, help="torch device; under torchrun, cuda means each rank's own.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's].")
 @click.option("--tensorboard", is_flag=True, help="Also write metrics for TensorBoard to RUN_DIR/tensorboard.")
-def qat(name, out, weights, dataset, weight_bits, act_bits, activations, weight_regime, learned_scale, preset_name, config_file,
-        assignments, images_file, data, evaluate_every, resume, device, threads, tensorboard) -> None:
+def qat(name, out, weights, dataset, weight_bits, act_bits, activations, weight_regime, weight_range, learned_scale, preset_name,
+        config_file, assignments, images_file, data, evaluate_every, resume, device, threads, tensorboard) -> None:
     """Train a low-bit network without data: a generator invents images, the float network teaches.
 
     NAME is a float zoo entry, a card file PATH.toml, or module:function of your own.
@@ -61,7 +75,7 @@ def qat(name, out, weights, dataset, weight_bits, act_bits, activations, weight_
     """
     with input_errors():
         regime = weight_regime or ("per-output-channel-symmetric" if activations == "folded" else "per-output-channel")
-        quantization = Quantization(weight_bits, act_bits, regime, activations, learned_scale)
+        quantization = Quantization(weight_bits, act_bits, regime, activations, learned_scale, weight_range)
         card = open_card(name, dataset)
     if activations == "folded" and images_file is None:
         raise click.UsageError("--activations folded needs --images FILE, for ranges to fold: those of a run with memory_size")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from granq_plugin.cli.options import advance, help_config, input_errors, open_device, settings_from
+from granq_plugin.cli.options import advance, complete_names, help_config, input_errors, open_device, settings_from
 
 __all__ = ["train_teacher"]
 
@@ -16,7 +16,7 @@ def _settings_text() -> str:
 
 
 @click.command("train-teacher")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_names(float_only=True))
 @click.option("--data", type=click.Path(path_type=Path), metavar="DIR", envvar="GRANQ_DATA", show_envvar=True,
               help="Folder with the training images, and the test images for the accuracy at the end; the digits need none.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="RUN_DIR", required=True,
@@ -58,11 +58,14 @@ def train_teacher(name, data, out, config_file, assignments, holdout, resume, de
         if threads:
             torch.set_num_threads(threads)
         device = open_device(device)
-        images = zoo.data.load_images(data, card.dataset, "train")
+        images = zoo.data.in_memory(zoo.data.load_images(data, card.dataset, "train", card=card))
         if holdout:
             images, judged = images.split(holdout, config.seed)
         else:
-            judged = zoo.data.load_images(data, card.dataset)
+            judged = zoo.data.load_images(data, card.dataset, card=card)
+            if card.dataset not in zoo.data.BUNDLED and judged.source == images.source:
+                raise ValueError(f"{images.source!r} has no test images beside those to train on: give --holdout N, or sort them "
+                                 "into train/CLASS and test/CLASS")
         torch.manual_seed(config.seed)
         model = card.build().to(device)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from granq_plugin.cli.options import input_errors, join_ranks, open_device
+from granq_plugin.cli.options import complete_names, input_errors, join_ranks, open_device
 
 __all__ = ["zoo"]
 
@@ -19,14 +19,25 @@ download_option = click.option("--download", is_flag=True, help="Fetch CIFAR's i
 
 @click.group()
 def zoo() -> None:
-    """The model zoo: networks with cards, found by name."""
+    """The model zoo: networks with cards, found by name.
+
+    \b
+    Example:
+      granq zoo list
+      granq zoo evaluate resnet8_digits.granq_w3a3
+    """
 
 
 @zoo.command("list")
-@click.argument("pattern", default="*")
+@click.argument("pattern", default="*", shell_complete=complete_names())
 @zoo_option
 def list_entries(pattern, zoo_dir) -> None:
-    """List the entries that match a shell PATTERN, such as 'resnet20*'."""
+    """List the entries that match a shell PATTERN: data set, accuracy, size.
+
+    \b
+    Example:
+      granq zoo list 'resnet20*'
+    """
     with input_errors():
         from zoo import get_card, list_models
         names = list_models(pattern, zoo_dir)
@@ -41,17 +52,22 @@ def list_entries(pattern, zoo_dir) -> None:
 
 
 @zoo.command("card")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_names())
 @zoo_option
 def show_card(name, zoo_dir) -> None:
-    """Print the card of an entry, as TOML."""
+    """Print the card of an entry, as TOML: where it comes from, how it was made, accuracy, costs, licences.
+
+    \b
+    Example:
+      granq zoo card resnet20_cifar10.granq_w3a3
+    """
     with input_errors():
         from zoo import get_card
         click.echo(get_card(name, zoo_dir).to_toml(), nl=False)
 
 
 @zoo.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_names())
 @data_option
 @click.option("--weights", type=click.Path(path_type=Path), metavar="FILE",
               help="Float weights instead of the zoo's; a quantized entry quantizes them, without training.")
@@ -154,7 +170,7 @@ def table(readme, plots, zoo_dir) -> None:
 
     \b
     Example:
-      granq zoo table --readme README.md --plots benchmarks/results
+      granq zoo table --readme docs/results.md --plots benchmarks/results
     """
     with input_errors():
         from zoo import get_card, list_models

@@ -1,22 +1,12 @@
 """What all GranQ quantizers share."""
 
 from brevitas.core.bit_width import BitWidthConst
-from brevitas.core.function_wrapper import Identity, RoundSte, TensorClamp
-from brevitas.core.quant import IntQuant
-from brevitas.core.quant.delay import _NoDelay
 from torch import Tensor, nn
 
 from granq_plugin import functional as GF
 from granq_plugin.kernels import Before
 
-__all__ = ["ActClamp", "GranQBase", "has_stock_arithmetic"]
-
-
-def has_stock_arithmetic(int_quant: nn.Module) -> bool:
-    """Whether an IntQuant rounds half to even, clamps with TensorClamp and does nothing else, so that a kernel may replace it."""
-    return (type(int_quant) is IntQuant and type(int_quant.float_to_int_impl) is RoundSte
-            and type(int_quant.tensor_clamp_impl) is TensorClamp and type(int_quant.input_view_impl) is Identity
-            and type(int_quant.delay_wrapper.delay_impl) is _NoDelay)
+__all__ = ["ActClamp", "GranQBase"]
 
 
 class GranQBase(nn.Module):
@@ -34,6 +24,11 @@ class GranQBase(nn.Module):
         self.int_scaling_impl = int_scaling_impl
         self.msb_clamp_bit_width_impl = BitWidthConst(self.bit_width)
         self.observer_only = False
+
+    @property
+    def bits(self) -> Tensor:
+        """The bit width as Brevitas keeps it, a 0-d float tensor."""
+        return self.msb_clamp_bit_width_impl.bit_width.value  # its forward() costs as much as a small quantization
 
 
 class ActClamp(nn.Module):

@@ -46,7 +46,7 @@ class DynamicGranQ(GranQBase):
         self.check_finite = check_finite
 
     def forward(self, x: Tensor, relu: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        bit_width = self.msb_clamp_bit_width_impl()
+        bit_width = self.bits
         if x.dim() == 0:
             return x, torch.ones_like(x), torch.zeros_like(x), bit_width
         before = self.clamp.after(relu)

@@ -74,11 +74,11 @@ class FrozenMinMaxWeightQuant(FrozenWeightQuant):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         scale, zero_point = self.params()
-        bit_width = self.msb_clamp_bit_width_impl()
+        bit_width = self.bits
         return self.int_quant(scale, zero_point, bit_width, x).to(x.dtype), scale, zero_point, bit_width
 
     def to_int(self, x: Tensor) -> Tensor:
-        return self.int_quant.to_int(*self.params(), self.msb_clamp_bit_width_impl(), x).long()
+        return self.int_quant.to_int(*self.params(), self.bits, x).long()
 
     def dequantize(self, integers: Tensor) -> Tensor:
         scale, zero_point = self.params()
@@ -91,7 +91,7 @@ class FrozenPerKernelGranQ(FrozenWeightQuant):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inv_scale, offset = self.params()
-        return GF.fake_quantize(x, inv_scale, offset), inv_scale.reciprocal(), 0 - offset, self.msb_clamp_bit_width_impl()
+        return GF.fake_quantize(x, inv_scale, offset), inv_scale.reciprocal(), 0 - offset, self.bits
 
     def to_int(self, x: Tensor) -> Tensor:
         inv_scale, offset = self.params()

@@ -25,9 +25,10 @@ class _FusedActivation(nn.Module):
 
     def _fuses(self) -> bool:
         """Whether the quantizer can do the ReLU too, and no hook wants to see what lies between."""
-        return type(self.activation_impl) is nn.ReLU and getattr(self.tensor_quant, "fuses_relu", False) and not any(
-            hooks for module in (self.activation_impl, self.tensor_quant)
-            for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+        relu, quant = self.activation_impl, self.tensor_quant
+        return type(relu) is nn.ReLU and getattr(quant, "fuses_relu", False) and not (
+            relu._forward_hooks or relu._forward_pre_hooks or relu._backward_hooks or relu._backward_pre_hooks
+            or quant._forward_hooks or quant._forward_pre_hooks or quant._backward_hooks or quant._backward_pre_hooks)
 
 
 class GranQActProxy(ActQuantProxyFromInjector):

@@ -1,5 +1,7 @@
 """Static per-channel activations: ranges collected, then frozen. Integer arithmetic is Brevitas's own ``IntQuant``."""
 
+from typing import NamedTuple
+
 import torch
 from brevitas import config
 from brevitas.function.ops_ste import abs_binary_sign_grad, scalar_clamp_min_ste
@@ -7,10 +9,30 @@ from torch import Tensor, nn
 
 from granq_plugin import functional as GF
 from granq_plugin import kernels
-from granq_plugin.core.base import ActClamp, GranQBase, has_stock_arithmetic
+from granq_plugin.core.base import ActClamp, GranQBase
+from granq_plugin.core.int_quant import has_stock_arithmetic
 from granq_plugin.core.ranges import CollectedRange
 
 __all__ = ["StaticGranQ"]
+
+
+class _Grid(NamedTuple):
+    """Scale and zero point of frozen ranges, and what they were computed from."""
+    scale: Tensor
+    zero_point: Tensor
+    lo: Tensor
+    hi: Tensor
+    shape: tuple[int, int]
+    versions: tuple[int, ...]
+
+    def holds_for(self, lo: Tensor, hi: Tensor, shape: tuple[int, int]) -> bool:
+        """Whether the ranges are these, and nobody has written to any of the tensors since."""
+        return (self.lo is lo and self.hi is hi and self.shape == shape
+                and self.versions == _versions(self.scale, self.zero_point, lo, hi))
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(t._version for t in tensors)
 
 
 class StaticGranQ(GranQBase):
@@ -62,6 +84,7 @@ class StaticGranQ(GranQBase):
         self.clamp = ActClamp(min_val, max_val)
         self.check_finite = check_finite
         self.learned_scale = nn.Parameter(torch.empty(0)) if learned_scale else None
+        self._grid: _Grid | None = None
 
     def init_scale(self) -> None:
         """Freeze the ranges and start learning from their scale; see :meth:`CollectedRange.init_scale`."""
@@ -71,7 +94,7 @@ class StaticGranQ(GranQBase):
             self.learned_scale.data = scale.to(self.learned_scale)
 
     def forward(self, x: Tensor, relu: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        bit_width = self.msb_clamp_bit_width_impl()
+        bit_width = self.bits
         if x.dim() == 0:  # Brevitas's sentinel: metadata only
             if not self.scaling_impl.has_ranges:
                 return x, torch.ones_like(x), torch.zeros_like(x), bit_width
@@ -82,7 +105,7 @@ class StaticGranQ(GranQBase):
             x, before = before.apply(x), kernels.IDENTITY
         if self.check_finite:
             GF.check_finite(x)
-        scale, zero_point = self._scale_zero_point(*self.scaling_impl(x))
+        scale, zero_point = self._grid_for(x)
         if self.observer_only:
             return x, scale, zero_point, bit_width
         if self.learned_scale is None and has_stock_arithmetic(self.int_quant):
@@ -100,11 +123,25 @@ class StaticGranQ(GranQBase):
         if not self.scaling_impl.frozen:
             raise RuntimeError("the ranges are not frozen yet: calibrate first, or load a calibrated state dict")
         x = self.clamp(x)
-        scale, zero_point = self._scale_zero_point(*self.scaling_impl(x))
+        scale, zero_point = self._grid_for(x)
         return GF.quantize_to_integers(x, scale, zero_point, self.bit_width, self.signed, self.int_quant.narrow_range)
 
     def _limits(self) -> tuple[int, int]:
         return GF.integer_limits(self.bit_width, self.signed, self.int_quant.narrow_range)
+
+    def _grid_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point for x. Those of frozen ranges are kept for as long as they hold."""
+        ranges = self.scaling_impl
+        lo, hi = ranges.running_min, ranges.running_max
+        if (not ranges.frozen or self.learned_scale is not None or kernels.is_observed()
+                or lo.is_inference() or hi.is_inference()):  # which have no versions
+            return self._scale_zero_point(*ranges(x))
+        shape = x.dim(), x.shape[ranges.channel_axis if x.dim() > 1 else 0]
+        if self._grid is None or not self._grid.holds_for(lo, hi, shape):
+            with torch.inference_mode(False):  # to be used in training, too
+                grid = self._scale_zero_point(*ranges(x))
+            self._grid = _Grid(*grid, lo, hi, shape, _versions(*grid, lo, hi))
+        return self._grid.scale, self._grid.zero_point
 
     def _scale_zero_point(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         scale, zero_point = GF.affine_params(lo, hi, self.bit_width, self.signed)

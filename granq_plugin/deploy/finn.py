@@ -90,6 +90,17 @@ def check_finn(model) -> FinnReport:
     Raises:
         TypeError: for anything else. ValueError: for a model that cannot be traced, or a file that is not ONNX.
         FileNotFoundError, ModuleNotFoundError: for a path, if there is no such file, or no onnx.
+
+    Example:
+        >>> import torch
+        >>> from granq_plugin import to_static
+        >>> from granq_plugin.deploy import fold, prepare
+        >>> images = torch.rand(16, 3, 6, 6)
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10)).eval()
+        >>> static = to_static(prepare(net, images[:1]), [images])
+        >>> broken = [rule for rule in check_finn(static) if not rule.passed]
+        >>> bool(broken), all(rule.passed for rule in check_finn(fold(static, images[:1])))
+        (True, True)
     """
     if isinstance(model, nn.Module):
         from granq_plugin.deploy.finn_torch import read_torch

@@ -38,7 +38,20 @@ def export_finn(
 
     Raises:
         ValueError: if the model is not folded, its input is not quantized, rules of FINN fail (all of them are named), or top_k is
-        not from 1 to the number of outputs; and what :func:`granq_plugin.export.export_qonnx` raises.
+            not from 1 to the number of outputs; and what :func:`granq_plugin.export.export_qonnx` raises.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from torch import nn
+        >>> from granq_plugin import to_static
+        >>> from granq_plugin.deploy import fold, prepare
+        >>> images = torch.rand(16, 3, 6, 6)
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10)).eval()
+        >>> folded = fold(to_static(prepare(net, images[:1]), [images]), images[:1])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_finn(folded, images[:1], f"{folder}/net.onnx", top_k=1).name
+        'net.onnx'
     """
     with atomic_path(path) as part:
         import onnx

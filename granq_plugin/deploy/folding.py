@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import brevitas.nn as qnn
 import torch
+from brevitas import config
+from brevitas.core.quant import IntQuant
 from brevitas.graph.utils import set_module
 from brevitas.quant import Int8ActPerTensorFloat, Uint8ActPerTensorFloat
 from torch import Tensor, fx, nn
@@ -12,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from granq_plugin.convert import copy_model
+from granq_plugin.core.int_quant import FusedIntQuant
 from granq_plugin.core.proxy import GranQDynamicActProxy, GranQStaticActProxy
 from granq_plugin.deploy.graph import ChannelRescale, Role, TracedModel, trace_quantized
 from granq_plugin.deploy.units import Units, along, assign_units
@@ -49,8 +52,16 @@ def fold(model: nn.Module, example_input, *, trainable: bool = False, inplace: b
             that is called, or a weight that is shared, at places of different scales; learned weight scales, quantized biases.
 
     Example:
-        >>> folded = fold(static, images[:1])  # doctest: +SKIP
-        >>> student = fold(static, images[:1], trainable=True)  # train it, then: deployed = bake(student)  # doctest: +SKIP
+        >>> from granq_plugin import to_static
+        >>> from granq_plugin.deploy import prepare
+        >>> images = torch.rand(16, 3, 6, 6)
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10)).eval()
+        >>> static = to_static(prepare(net, images[:1]), [images])
+        >>> folded = fold(static, images[:1])
+        >>> list(static.get_submodule("2").act_quant.scale().shape), folded.get_submodule("2").act_quant.scale()
+        ([1, 8, 1, 1], tensor(1.))
+        >>> student = fold(static, images[:1], trainable=True)  # train it, then:
+        >>> deployed = bake(student)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -85,6 +96,8 @@ def bake(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         ValueError: if the model has no such scales.
+
+    Example: see :func:`fold`.
     """
     model = model if inplace else copy_model(model)
     scaled = [(m, name) for m in model.modules() if parametrize.is_parametrized(m) for name in list(m.parametrizations)
@@ -204,8 +217,9 @@ def _folded_activation(layer: nn.Module) -> nn.Module:
     fused = proxy.fused_activation_quant_proxy
     low, high = _integer_range(proxy)
     layer_class = qnn.QuantReLU if isinstance(fused.activation_impl, nn.ReLU) else qnn.QuantIdentity
+    quantizer = Int8ActPerTensorFloat if proxy.is_signed else Uint8ActPerTensorFloat
     folded = layer_class(
-        act_quant=Int8ActPerTensorFloat if proxy.is_signed else Uint8ActPerTensorFloat, bit_width=fused.tensor_quant.bit_width,
+        act_quant=quantizer.let(int_quant=IntQuant if config.JIT_ENABLED else FusedIntQuant), bit_width=fused.tensor_quant.bit_width,
         scaling_impl_type="const", scaling_init=float(max(-low, high)), return_quant_tensor=layer.return_quant_tensor,
         **(dict(narrow_range=True) if proxy.is_narrow_range else {}))
     return folded.train(layer.training).to(next(proxy.buffers()).device)

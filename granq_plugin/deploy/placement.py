@@ -61,6 +61,13 @@ def prepare(
 
     Raises:
         TypeError, ValueError: see :func:`granq_plugin.quantize`; if the model cannot be traced.
+
+    Example:
+        >>> images = torch.rand(16, 3, 6, 6)
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10)).eval()
+        >>> prepared = prepare(net, images[:1], weight_bit_width=4, act_bit_width=4)
+        >>> [name for name, _ in prepared.named_children()]
+        ['0', '1', '2', '3', '4', 'input_quant_0']
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -61,6 +61,15 @@ def clear_ties(
 
     Raises:
         TypeError, ValueError: if model is no module, cannot be traced or run, has no such layer, or max_shift is not in (0, 0.5).
+
+    Example:
+        >>> from granq_plugin import to_static
+        >>> from granq_plugin.deploy import fold, prepare
+        >>> images = torch.rand(16, 3, 6, 6)
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10)).eval()
+        >>> deployed, cleared = clear_ties(fold(to_static(prepare(net, images[:1]), [images]), images[:1]), images[:1])
+        >>> all(layer.margin >= layer.margin_before for layer in cleared)
+        True
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

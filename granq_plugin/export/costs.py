@@ -79,7 +79,19 @@ def report(path: str | Path) -> CostReport:
 
     Raises:
         FileNotFoundError, ValueError: see :func:`granq_plugin.export.files.read_onnx`; ValueError also for a network without a
-        convolution, linear layer or matrix product. ModuleNotFoundError: without qonnx (extra ``export``).
+            convolution, linear layer or matrix product. ModuleNotFoundError: without qonnx (extra ``export``).
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from torch import nn
+        >>> from granq_plugin import quantize
+        >>> from granq_plugin.export import export_qonnx
+        >>> net = quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), weight_bit_width=4, act_bit_width=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     costs = report(export_qonnx(net, torch.rand(1, 3, 6, 6), f"{folder}/net.onnx"))
+        >>> costs.totals()["weight_bytes"], costs.totals(32)["weight_bytes"]
+        (108.0, 864.0)
     """
     proto = read_onnx(path, allow_changed=True)
     try:

@@ -111,7 +111,19 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """What an exported file says of itself: format, bit widths, plugin version, and what the caller of the export added.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`read_onnx`.
+        FileNotFoundError, ValueError: see :func:`granq_plugin.export.files.read_onnx`.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from torch import nn
+        >>> from granq_plugin import quantize
+        >>> from granq_plugin.export import export_qonnx
+        >>> net = quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), weight_bit_width=4, act_bit_width=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     said = read_metadata(export_qonnx(net, torch.rand(1, 3, 6, 6), f"{folder}/net.onnx", metadata={"author": "me"}))
+        >>> said["format"], said["author"]
+        ('qonnx', 'me')
     """
     return metadata_of(read_onnx(path))
 

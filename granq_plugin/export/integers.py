@@ -39,8 +39,8 @@ class QuantizerRecord:
 
     Attributes:
         name: of its proxy. value: ``[B, C, ...]``, dequantized. exact: the real-valued positions on the integer grid, before
-        rounding. integers: those, rounded (and clamped). The grid of a dynamic quantizer has its 0 at the value 0: its offset,
-        which two programs may round differently without another result, is not subtracted.
+            rounding. integers: those, rounded (and clamped). The grid of a dynamic quantizer has its 0 at the value 0: its offset,
+            which two programs may round differently without another result, is not subtracted.
     """
     name: str
     value: np.ndarray
@@ -54,10 +54,11 @@ class IntegerCheck:
 
     Attributes:
         quantizers: how many activation quantizers were compared. values: how many integers. unequal: those that differ.
-        largest_step: the largest difference. tie_distance: how far from a rounding tie (a half) torch's value is, at most, where
-        they differ, in steps.
+        largest_step: the largest difference.
+        tie_distance: how far from a rounding tie (a half) torch's value is, at most, where they differ, in steps.
         bound_used: the largest part of what float32 rounding can explain (twice the bound of one program) that a differing integer
-        needs; above 1, the two do not compute the same. unbounded: the operator for which no bound is known, if any.
+            needs; above 1, the two do not compute the same.
+        unbounded: the operator for which no bound is known, if any.
         output_error: largest difference of the outputs, relative to the sample's largest output, on torch's last activations.
     """
     quantizers: int

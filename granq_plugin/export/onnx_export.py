@@ -46,6 +46,14 @@ def export_qonnx(
     Raises:
         TypeError, ValueError: if the model has no quantizer, is not float32, does not run on the example, or cannot be exported.
         OSError: if the file cannot be written. ModuleNotFoundError: without the ``export`` extra.
+
+    Example:
+        >>> import tempfile
+        >>> from granq_plugin import quantize
+        >>> net = quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), weight_bit_width=4, act_bit_width=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_qonnx(net, torch.rand(1, 3, 6, 6), f"{folder}/net.onnx").name
+        'net.onnx'
     """
     return _export("qonnx", model, example_input, path, metadata, dynamo, dynamic_batch)
 
@@ -62,7 +70,15 @@ def export_qcdq(
 
     Quantizers of more than 8 bits, which QuantizeLinear does not hold at this opset, become Div, Round, Clip and Mul.
 
-    Args, Returns, Raises: see :func:`export_qonnx`.
+    Arguments, result and errors are those of :func:`export_qonnx`.
+
+    Example:
+        >>> import tempfile
+        >>> from granq_plugin import quantize
+        >>> net = quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), weight_bit_width=4, act_bit_width=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_qcdq(net, torch.rand(1, 3, 6, 6), f"{folder}/net.onnx").name
+        'net.onnx'
     """
     return _export("qcdq", model, example_input, path, metadata, dynamo, dynamic_batch)
 

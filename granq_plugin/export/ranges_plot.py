@@ -10,6 +10,9 @@ from granq_plugin.atomic import atomic_path
 
 __all__ = ["activation_scales", "plot_ranges"]
 
+DEAD = 1e-3
+"""A channel whose scale is below this part of the activation's largest."""
+
 
 def activation_scales(model: nn.Module) -> dict[str, Tensor]:
     """The scale of every channel, ``[C]``, of each static activation quantizer, by name; ``[1]`` for a scale per tensor."""
@@ -19,37 +22,74 @@ def activation_scales(model: nn.Module) -> dict[str, Tensor]:
         and not isinstance(proxy, DynamicActQuantProxyFromInjector)}
 
 
-def plot_ranges(static: nn.Module, folded: nn.Module, path: str | Path) -> None:
-    """Draw the scale of every channel of every activation, in ``static`` and, where folding has made it one number, in ``folded``.
+def plot_ranges(static: nn.Module, folded: nn.Module | None, path: str | Path) -> None:
+    """Draw the scale of every channel of every activation, before and, where folding has made it one number, after folding.
+
+    Above each activation stands how many times its largest scale is its smallest: what one range per tensor would waste. Channels
+    below a thousandth of the largest are dead in all but name: they are counted at the lower edge.
 
     Args:
-        static: the model before folding, with frozen ranges. folded: the same model after it. path: a PNG file.
+        static: the model before folding, with frozen ranges. folded: the same model after it; None: draw ``static`` alone.
+        path: a PNG file.
 
     Raises:
         ValueError: if either has no static activation quantizer, or static has no ranges. OSError: if the file cannot be written.
         ModuleNotFoundError: without matplotlib (extra ``zoo``).
+
+    Example:
+        >>> import tempfile
+        >>> from granq_plugin import quantize, to_static
+        >>> dynamic = quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), weight_bit_width=4, act_bit_width=4)
+        >>> static = to_static(dynamic, [torch.rand(16, 3, 6, 6)])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_ranges(static, None, f"{folder}/ranges.png")
     """
     try:
-        before, after = activation_scales(static), activation_scales(folded)
+        stages = {"before folding": activation_scales(static)}
+        if folded is not None:
+            stages["after folding"] = activation_scales(folded)
     except RuntimeError as e:  # no ranges yet
         raise ValueError(str(e)) from e
-    before = {name: before[name] for name in after if name in before} | before  # folded: in the order of execution
-    for label, scales in (("before", before), ("after", after)):
+    for label, scales in stages.items():
         if not scales:
-            raise ValueError(f"the model {label} folding has no static activation quantizer")
+            raise ValueError(f"the model {label} has no static activation quantizer")
+    names = list(dict.fromkeys(name for scales in reversed(stages.values()) for name in scales))  # folded: in order of execution
+    if folded is None:
+        stages = {"": stages["before folding"]}
     with atomic_path(path) as part:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        figure = Figure(figsize=(10, 4.5), layout="constrained")
-        panels = figure.subplots(1, 2, sharey=True)
-        for axes, scales, title in ((panels[0], before, "before: one scale per channel"), (panels[1], after, "after folding")):
-            for i, scale in enumerate(scales.values()):
-                jitter = torch.linspace(-0.3, 0.3, len(scale)) if len(scale) > 1 else torch.zeros(1)
-                axes.scatter(i + jitter, scale, s=5, color="#3B8FD4", alpha=0.7, linewidths=0)
-                axes.hlines([scale.min(), scale.max()], i - 0.35, i + 0.35, color="#D55E00", linewidth=1)
-            axes.set(yscale="log", title=title, xlabel="activation, in order")
-            axes.set_xticks(range(len(scales)), list(scales), rotation=90, fontsize=6)
+        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+        figure = Figure(figsize=(max(8, 1.5 + 0.36 * len(names)), 4.8 + 1.8 * (len(stages) - 1)), layout="constrained")
+        panels = figure.subplots(len(stages), 1, sharex=True, squeeze=False, height_ratios=(3, 1)[:len(stages)]).flatten()
+        for axes, (label, scales) in zip(panels, stages.items()):
+            for i, name in enumerate(names):
+                if name in scales:
+                    _column(axes, i, scales[name])
+            axes.set(yscale="log", title=label, xlim=(-0.7, len(names) - 0.3))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if label != "after folding" else (1, )))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.margins(y=0.15)
             axes.grid(alpha=0.3)
+        panels[-1].set_xticks(range(len(names)), names, rotation=90, fontsize=9)
         panels[0].set_ylabel("scale (real value of one step)")
-        figure.suptitle("Activation scales: dots are channels, bars the smallest and the largest")
+        figure.suptitle("Activation scales: dots are channels, bars the smallest and the largest, numbers above their ratio;\n"
+                        "triangles count channels below a thousandth of the largest", fontsize=11)
         FigureCanvasAgg(figure).print_png(str(part))
+
+
+def _column(axes, place: int, scale: Tensor) -> None:
+    alive = scale[scale >= DEAD * scale.max()]
+    low, high = float(alive.min()), float(alive.max())
+    jitter = torch.linspace(-0.3, 0.3, len(alive)) if len(alive) > 1 else torch.zeros(1)
+    axes.scatter(place + jitter, alive, s=9, color="#0072B2", linewidths=0)
+    axes.hlines([low, high], place - 0.38, place + 0.38, color="#D55E00", linewidth=1.5)
+    if len(scale) > 1:
+        ratio = high / low
+        axes.annotate(f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}", (place, high), xytext=(0, 4), textcoords="offset points",
+                      ha="center", fontsize=8)
+    if len(alive) < len(scale):
+        edge = axes.get_xaxis_transform()  # x: the activation's place, y: from the lower edge
+        axes.plot(place - 0.15, 0.03, "v", color="#555555", markersize=5, transform=edge)
+        axes.text(place + 0.02, 0.03, f"{len(scale) - len(alive)}", va="center", fontsize=8, transform=edge)

@@ -134,7 +134,19 @@ def verify(
 
     Raises:
         FileNotFoundError: if there is no such file. ValueError: if it is damaged or was changed, if an executor does not take it,
-        if the images do not fit it, or the model's outputs are of another shape. TypeError: if images are no float32 tensor.
+            if the images do not fit it, or the model's outputs are of another shape. TypeError: if images are no float32 tensor.
+
+    Example:
+        >>> import tempfile
+        >>> from granq_plugin import quantize
+        >>> from granq_plugin.export import export_qcdq
+        >>> net = quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10)).eval(), 4, 4)
+        >>> images = torch.rand(16, 3, 6, 6)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = export_qcdq(net, images[:1], f"{folder}/net.onnx")
+        ...     result = verify(file, net, images, executors=("onnxruntime", ))
+        >>> result.agrees, result.agreements[0].images
+        (True, 16)
     """
     proto = read_onnx(path, allow_changed)
     names = list(dict.fromkeys(executors))

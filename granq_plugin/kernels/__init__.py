@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from granq_plugin import functional as GF
 from granq_plugin.functional import GranQResult
-from granq_plugin.kernels.layout import IDENTITY, Before, Layout, layout_of, static_layout_of
+from granq_plugin.kernels import compiled, native
+from granq_plugin.kernels.layout import IDENTITY, Before, Layout, layout_of, static_layout_of, whole_layout_of
 
-__all__ = ["BACKENDS", "IDENTITY", "Before", "affine_quantize", "backend", "granq", "granq_batch_norm", "why_not_compiled"]
+__all__ = ["BACKENDS", "IDENTITY", "Before", "affine_quantize", "backend", "granq", "granq_batch_norm", "is_observed",
+           "why_not_compiled"]
 
 BACKENDS = ("eager", "compiled", "triton")
 _RELU = Before(relu=True)
@@ -34,7 +36,6 @@ def forced() -> str | None:
 
 def why_not_compiled(dtype: torch.dtype = torch.float32) -> str | None:
     """Why the CPU kernel cannot be used for values of dtype: None if it can. Builds it if need be."""
-    from granq_plugin.kernels import native
     return native.problem(dtype)
 
 
@@ -48,7 +49,7 @@ def backend(x: Tensor, channel_axis: int = 1) -> str:
 
 
 def _choose(x: Tensor, channel_axis: int, layout_of=layout_of) -> tuple[str, Layout | None]:
-    if torch.compiler.is_compiling() or _is_observed() or type(x) not in _PLAIN:
+    if type(x) not in _PLAIN or is_observed():
         return "eager", None
     name = forced()
     if name == "eager":
@@ -62,7 +63,7 @@ def _choose(x: Tensor, channel_axis: int, layout_of=layout_of) -> tuple[str, Lay
     elif not x.is_cpu:
         return "eager", None
     else:
-        chosen, problem = "compiled", why_not_compiled(x.dtype)
+        chosen, problem = "compiled", native.problem(x.dtype)
     if problem is None:
         return chosen, layout
     if name:
@@ -85,9 +86,10 @@ def _triton_problem() -> str | None:
     return None
 
 
-def _is_observed() -> bool:
-    """Whether something other than autograd looks at the operations: tracing, dispatch modes, function transforms."""
-    return bool(torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
+def is_observed() -> bool:
+    """Whether something other than autograd looks at the operations: compilation, tracing, dispatch modes, function transforms."""
+    return bool(torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack()
+                or torch._C._are_functorch_transforms_active())
 
 
 def granq(x: Tensor, bit_width: int, channel_axis: int = 1, before: Before = IDENTITY) -> GranQResult:
@@ -107,7 +109,6 @@ def granq(x: Tensor, bit_width: int, channel_axis: int = 1, before: Before = IDE
     if isinstance(x, Tensor):
         chosen, layout = _choose(x, channel_axis)
         if chosen == "compiled":
-            from granq_plugin.kernels import compiled
             return compiled.granq(x, GF.check_bit_width(bit_width), layout, before)
         if chosen == "triton":
             from granq_plugin.kernels import triton_kernel
@@ -145,7 +146,6 @@ def granq_batch_norm(
         wide = torch.promote_types(x.dtype, torch.float32)
         parameters = [t for t in (running_mean, running_var, weight, bias) if t is not None]
         if all(t.dtype == wide and t.is_cpu and t.is_contiguous() and t.numel() == x.shape[1] for t in parameters):
-            from granq_plugin.kernels import compiled
             return compiled.granq_batch_norm(
                 x, running_mean, running_var, weight, bias, eps, GF.check_bit_width(bit_width), layout, before)
     y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
@@ -158,16 +158,15 @@ def affine_quantize(
     """:func:`granq_plugin.functional.affine_quantize` of ``before.apply(x)`` in one pass: frozen ranges, and weights.
 
     Args:
-        x, scale, zero_point, limits: see there; scale and zero_point with one element per channel.
+        x, scale, zero_point, limits: see there; scale and zero_point with one element per channel, or one for all.
         channel_axis: where the channels stand. before: a ReLU and a clamp to do first.
 
     Returns:
         As there. Keeps one bit of each value for the backward.
     """
-    chosen, layout = _choose(x, channel_axis, static_layout_of)
+    chosen, layout = _choose(x, channel_axis, static_layout_of if scale.numel() != 1 else whole_layout_of)
     if chosen == "compiled":
         wide = torch.promote_types(x.dtype, torch.float32)
         if all(t.dtype == wide and t.is_cpu and t.is_contiguous() and t.numel() == layout.channels for t in (scale, zero_point)):
-            from granq_plugin.kernels import compiled
             return compiled.affine_quantize(x, scale.detach(), zero_point.detach(), limits, layout, before)
     return GF.affine_quantize(before.apply(x), scale, zero_point, limits)

@@ -33,11 +33,10 @@ def affine_quantize(
 
 
 def _mask_size(layout: Layout) -> int:
-    """Bytes of a mask: a bit for each value, padded by row or channel as in granq.cpp."""
+    """Bytes of a mask: a bit for each value, 16 to a vector of the kernel, by row or pixel."""
     samples, outer, channels, inner = layout[:4]
-    if outer == 1 and inner != 1:
-        return samples * channels * (-(-inner // 128) * 16)
-    return samples * (-(-outer // 8)) * channels
+    rows, n = (samples * channels, inner) if outer == 1 and inner != 1 else (samples * outer, channels)
+    return 2 * rows * -(-n // 16)
 
 
 def _pointer(t: Tensor | None) -> int | None:
@@ -48,8 +47,8 @@ def _forward(
         x: Tensor, bit_width: int, layout: Layout, before: Before, alpha: Tensor | None, beta: Tensor | None,
         needs_mask: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     y = torch.empty_like(x)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    scale, zero_point = torch.empty(layout.scale_shape, dtype=wide), torch.empty(layout.scale_shape, dtype=wide)
+    scale = torch.empty(layout.scale_shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    zero_point = torch.empty_like(scale)
     mask = torch.empty(_mask_size(layout), dtype=torch.uint8) if needs_mask else None
     native.library(x.dtype).granq_forward(
         x.data_ptr(), y.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), _pointer(mask), _pointer(alpha), _pointer(beta),
@@ -71,7 +70,7 @@ class _GranQ(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor | None, *unused):
         if grad is not None and ctx.mask is not None:
-            grad = _Masked.apply(grad, ctx.mask, None, ctx.layout)
+            grad = _masked(grad, ctx.mask, None, ctx.layout)
         return grad, None, None, None
 
 
@@ -96,7 +95,7 @@ class _GranQBatchNorm(torch.autograd.Function):
         if grad is None:
             return (None, ) * 9
         if ctx.mask is not None:
-            grad = _Masked.apply(grad, ctx.mask, None, ctx.layout)
+            grad = _masked(grad, ctx.mask, None, ctx.layout)
         x, weight, mean, var = ctx.saved_tensors
         grads = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, mean, var, None, None, False, ctx.eps, list(ctx.needs_input_grad[:3]))
@@ -123,23 +122,28 @@ class _AffineQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _Masked.apply(grad, ctx.mask, ctx.scale, ctx.layout), None, None, None, None, None
+        return _masked(grad, ctx.mask, ctx.scale, ctx.layout), None, None, None, None, None
+
+
+def _masked(grad: Tensor, mask: Tensor, scale: Tensor | None, layout: Layout) -> Tensor:
+    """The gradient where a mask lets it pass, zero elsewhere; times and through a scale, if there is one."""
+    if grad.requires_grad and torch.is_grad_enabled():
+        return _Masked.apply(grad, mask, scale, layout)
+    grad = grad.contiguous(memory_format=layout.memory_format)
+    out = torch.empty_like(grad)
+    native.library(grad.dtype).masked_backward(
+        grad.data_ptr(), mask.data_ptr(), out.data_ptr(), _pointer(scale), *layout[:4], native.threads_for(grad))
+    return out
 
 
 class _Masked(torch.autograd.Function):
-    """The gradient where a mask lets it pass, zero elsewhere; times and through a scale, if there is one. Linear: its own
-    gradient is the same again."""
+    """Linear: its own gradient is the same again."""
 
     @staticmethod
     def forward(ctx, grad: Tensor, mask: Tensor, scale: Tensor | None, layout: Layout) -> Tensor:
         ctx.mask, ctx.scale, ctx.layout = mask, scale, layout
-        grad = grad.contiguous(memory_format=layout.memory_format)
-        out = torch.empty_like(grad)
-        native.library(grad.dtype).masked_backward(
-            grad.data_ptr(), mask.data_ptr(), out.data_ptr(), _pointer(scale), *layout[:4],
-            native.threads_for(grad))
-        return out
+        return _masked(grad, mask, scale, layout)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _Masked.apply(grad, ctx.mask, ctx.scale, ctx.layout), None, None, None
+        return _masked(grad, ctx.mask, ctx.scale, ctx.layout), None, None, None

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["IDENTITY", "Before", "Layout", "layout_of", "static_layout_of"]
+__all__ = ["IDENTITY", "Before", "Layout", "layout_of", "static_layout_of", "whole_layout_of"]
 
 
 class Layout(NamedTuple):
@@ -27,40 +27,66 @@ class Layout(NamedTuple):
 
 def layout_of(x: Tensor, channel_axis: int) -> Layout | None:
     """The layout of a dense tensor with values and a channel axis; None for any other."""
-    shape, dim = x.shape, x.dim()
-    axis = channel_axis + dim if channel_axis < 0 else channel_axis
-    if not 0 < axis < dim or x.numel() == 0:
-        return None
-    if dim == 2:
-        return Layout(shape[0], 1, 1, shape[1], torch.contiguous_format, (shape[0], 1)) if x.is_contiguous() else None
-    scale_shape = tuple(n if d in (0, axis) else 1 for d, n in enumerate(shape))
-    if x.is_contiguous():
-        outer, inner = math.prod(shape[1:axis]), math.prod(shape[axis + 1:])
-        if outer != 1 and inner != 1:
-            return None
-        return Layout(shape[0], outer, shape[axis], inner, torch.contiguous_format, scale_shape)
-    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(dim)
-    if axis == 1 and memory_format and x.is_contiguous(memory_format=memory_format):
-        return Layout(shape[0], math.prod(shape[2:]), shape[1], 1, memory_format, scale_shape)
-    return None
+    return _layout(x.shape, x.stride(), channel_axis)
 
 
 def static_layout_of(x: Tensor, channel_axis: int) -> Layout | None:
     """The layout of a dense tensor with one range per channel over all samples; None for any other."""
-    shape, dim = x.shape, x.dim()
+    return _static_layout(x.shape, x.stride(), channel_axis)
+
+
+def whole_layout_of(x: Tensor, channel_axis: int) -> Layout | None:
+    """The layout of a dense tensor with one range for all values, as a row for each sample; None for any other."""
+    return _whole_layout(x.shape, x.stride())
+
+
+@lru_cache(maxsize=1024)
+def _layout(shape: torch.Size, strides: tuple[int, ...], channel_axis: int) -> Layout | None:
+    dim = len(shape)
     axis = channel_axis + dim if channel_axis < 0 else channel_axis
-    if not 0 <= axis < dim or x.numel() == 0:
+    memory_format = _memory_format(shape, strides)
+    if not 0 < axis < dim or memory_format is None:
         return None
-    memory_format = torch.contiguous_format
-    if x.is_contiguous():
+    if dim == 2:
+        return Layout(shape[0], 1, 1, shape[1], memory_format, (shape[0], 1))
+    scale_shape = tuple(n if d in (0, axis) else 1 for d, n in enumerate(shape))
+    if memory_format == torch.contiguous_format:
+        outer, inner = math.prod(shape[1:axis]), math.prod(shape[axis + 1:])
+        return Layout(shape[0], outer, shape[axis], inner, memory_format, scale_shape) if 1 in (outer, inner) else None
+    return Layout(shape[0], math.prod(shape[2:]), shape[1], 1, memory_format, scale_shape) if axis == 1 else None
+
+
+@lru_cache(maxsize=1024)
+def _static_layout(shape: torch.Size, strides: tuple[int, ...], channel_axis: int) -> Layout | None:
+    dim = len(shape)
+    axis = channel_axis + dim if channel_axis < 0 else channel_axis
+    memory_format = _memory_format(shape, strides)
+    if not 0 <= axis < dim or memory_format is None:
+        return None
+    if memory_format == torch.contiguous_format:
         samples, inner = math.prod(shape[:axis]), math.prod(shape[axis + 1:])
+    elif axis > 1:
+        return None
     else:
-        memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(dim)
-        if axis > 1 or not memory_format or not x.is_contiguous(memory_format=memory_format):
-            return None
-        samples, inner = (1, math.prod(shape[1:])) if axis == 0 else (x.numel() // shape[1], 1)
+        samples, inner = (1, math.prod(shape[1:])) if axis == 0 else (math.prod(shape) // shape[1], 1)
     outer, samples = (samples, 1) if inner == 1 else (1, samples)
     return Layout(samples, outer, shape[axis], inner, memory_format, ())
+
+
+@lru_cache(maxsize=1024)
+def _whole_layout(shape: torch.Size, strides: tuple[int, ...]) -> Layout | None:
+    memory_format = _memory_format(shape, strides)
+    return Layout(shape[0], 1, 1, math.prod(shape[1:]), memory_format, ()) if memory_format and shape else None
+
+
+def _memory_format(shape: torch.Size, strides: tuple[int, ...]) -> torch.memory_format | None:
+    """Of a dense tensor with values; None for any other."""
+    if 0 in shape:
+        return None
+    x = torch.empty_strided(shape, strides, device="meta")
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    allowed = (torch.contiguous_format, *filter(None, [formats.get(len(shape))]))
+    return next((f for f in allowed if x.is_contiguous(memory_format=f)), None)
 
 
 class Before(NamedTuple):

@@ -1,4 +1,4 @@
-"""The C++ kernel (granq.cpp): built by the system's compiler on first use, kept in the user's cache folder, called through ctypes.
+"""The C++ kernel (granq.cpp and its headers): built by the system's compiler on first use, kept in the user's cache folder, called through ctypes.
 
 Without torch's headers, so that it builds in seconds. Nothing is built at import. Where it cannot be built (no compiler, a cache
 folder that cannot be written) there is no kernel, and :func:`problem` says why.
@@ -21,6 +21,7 @@ from granq_plugin.atomic import atomic_path
 __all__ = ["library", "problem", "threads_for"]
 
 SOURCE = Path(__file__).with_name("granq.cpp")
+HEADERS = ("vectors.h", "dynamic.h", "frozen.h")
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16", torch.float16: "_Float16"}
 # no contraction, no fast-math: the results are those of torch's operations, bit for bit; errno and traps do not touch values
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti",
@@ -95,7 +96,8 @@ def _built(dtype: torch.dtype) -> ctypes.CDLL | str:
 
 def _compiled(command: list[str], version: str, folder: Path) -> Path:
     """The shared library of a command, from the cache or built into it. Raises a _BuildError."""
-    key = "\0".join([SOURCE.read_text(encoding="utf-8"), *command, version, _processor()])
+    sources = [SOURCE.with_name(name).read_text(encoding="utf-8") for name in (SOURCE.name, *HEADERS)]
+    key = "\0".join([*sources, *command, version, _processor()])
     path = folder / f"granq-{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
     if not path.exists():
         with atomic_path(path) as part:

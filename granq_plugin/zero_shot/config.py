@@ -119,7 +119,7 @@ PRESETS: dict[str, ZeroShotConfig] = {
     "imagenet_resnet50": ZeroShotConfig(
         **_IMAGENET | dict(lr_milestones=(150, 300, 400)), student_lr=1e-4, warmup_epochs=50, lambda_lower=0.4),
 }
-"""The published settings at 3 bits, and ``fast`` ones for CIFAR and digits; how those were chosen is told in the README."""
+"""The published settings at 3 bits, and ``fast`` ones for CIFAR and digits; how those were chosen is told in docs/results.md."""
 
 
 def preset(name: str, **settings) -> ZeroShotConfig:
@@ -127,6 +127,10 @@ def preset(name: str, **settings) -> ZeroShotConfig:
 
     Raises:
         ValueError: for an unknown name or setting.
+
+    Example:
+        >>> preset("cifar10_fast", image_size=64, num_classes=20).total_iterations
+        1200
     """
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")

@@ -26,7 +26,7 @@ class ZeroShotResult:
         student: the network that was given, trained, in evaluation mode.
         generator: the trained generator; None where images were given.
         metrics: one dict per epoch, the lines of ``metrics.csv``.
-        images: the memory's synthetic images ``[N, C, S, S]``, on the CPU; empty without a memory.
+        images: the memory's synthetic images ``[N, C, S, S]``, normalized, float16, on the CPU; empty without a memory.
     """
     student: nn.Module
     generator: Generator | None

@@ -386,6 +386,61 @@ def assert_same_state(a: nn.Module, b: nn.Module) -> None:
         oracles.assert_equal(a[name], b[name])
 
 
+class TestKeptGrid:
+    """Scale and zero point of frozen ranges are not computed again, and never stale."""
+
+    def test_is_kept(self):
+        x = torch.randn(2, 3, 4, 4)
+        act = frozen(relu(bit_width=4, return_quant_tensor=True), x).eval()
+        first = act(x)
+        assert act(2 * x).scale is first.scale and act.train()(x).zero_point is first.zero_point
+
+    @pytest.mark.parametrize("change", ["load", "write", "half", "double", "another shape", "write to the scale", "learned"])
+    def test_is_not_stale(self, change):
+        x, other = torch.randn(2, 3, 4, 4), 3 * torch.randn(2, 3, 4, 4)
+        act = frozen(identity(bit_width=4, return_quant_tensor=True), x).eval()
+        before = act(x)
+        if change == "load":
+            act.load_state_dict(frozen(identity(bit_width=4), other).state_dict())
+        elif change == "write":
+            collector(act).running_max.mul_(2)
+        elif change == "half":
+            act.half()
+        elif change == "double":
+            act.double()
+        elif change == "another shape":
+            x = x[..., 0]
+        elif change == "write to the scale":
+            before.scale.mul_(2)
+        else:
+            quantizer(act).learned_scale = nn.Parameter(torch.full((1, 3, 1, 1), 0.25))
+        fresh = copy.deepcopy(act)
+        quantizer(fresh)._grid = None
+        for got, expected in zip(act(x)[:3], fresh(x)[:3]):
+            oracles.assert_equal(got, expected)
+        assert change in ("write to the scale", "another shape") or not torch.equal(act(x).scale, before.scale)
+
+    def test_of_inference_mode_serves_training(self):
+        x = torch.randn(2, 3, 4, 4)
+        act = frozen(identity(bit_width=4), x)
+        with torch.inference_mode():
+            expected = act(x)
+        leaf = x.clone().requires_grad_()
+        y = act(leaf)
+        y.sum().backward()
+        oracles.assert_equal(y, expected)
+        assert not quantizer(act)._grid.scale.is_inference()
+
+    def test_copies_have_their_own(self):
+        x = torch.randn(2, 3, 4, 4)
+        act = frozen(identity(bit_width=4), x)
+        act(x)
+        twin = copy.deepcopy(act)
+        collector(twin).running_max.mul_(2)
+        assert not torch.equal(twin(x), act(x))
+        oracles.assert_equal(act(x), frozen(identity(bit_width=4), x)(x))
+
+
 class TestLearnedScale:
 
     @given(oracles.SEEDS, st.integers(1, 8), st.booleans())

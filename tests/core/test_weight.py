@@ -63,6 +63,38 @@ def test_per_channel(name, symmetric, seed, bit_width):
     torch.testing.assert_close(gradient, incoming, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("name", ["linear", "conv2d", "conv_transpose2d"])
+@pytest.mark.parametrize("symmetric", PER_CHANNEL)
+@given(oracles.SEEDS, st.integers(2, 8))
+def test_ranges_of_least_error(name, symmetric, seed, bit_width):
+    """Of the shares 1, 0.9 ... 0.4 of every channel's min/max range, the one that numpy finds best; clipped weights get no
+    gradient."""
+    quant = PER_CHANNEL[symmetric].let(range_mode="mse")
+    layer, axis = layer_with_weights(name, seed, weight_quant=quant, weight_bit_width=bit_width)
+    w = layer.weight.detach().numpy()
+    q = layer.quant_weight()
+    others = tuple(d for d in range(w.ndim) if d != axis)
+    errors = []
+    for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4):
+        lo, hi = (np.float32(share) * end for end in oracles.ranges(w, axis))
+        tried = oracles.affine_quantize(w, lo, hi, bit_width, symmetric, symmetric)
+        errors.append(((tried.astype(np.float64) - w)**2).sum(others))
+    actual = ((q.value.detach().numpy().astype(np.float64) - w)**2).sum(others)
+    np.testing.assert_allclose(actual, np.min(errors, 0), rtol=1e-4, atol=1e-30)
+    assert not q.value[layer.weight == 0].any()
+    steps = q.value / q.scale + q.zero_point
+    low, high = (1 - 2**(bit_width - 1), 2**(bit_width - 1) - 1) if symmetric else (0, 2**bit_width - 1)
+    assert (steps - steps.round()).abs().max() < 0.02 and steps.round().min() >= low and steps.round().max() <= high
+    gradient, = torch.autograd.grad(q.value.sum(), layer.weight)
+    far = (layer.weight / q.scale + q.zero_point - (low + high) / 2).abs() - (high - low) / 2
+    assert (gradient[far < 0.49] > 0.999).all() and not gradient[far > 0.51].any()
+
+
+def test_unknown_range_mode_is_named():
+    with pytest.raises(ValueError, match="range_mode of weights must be one of minmax, mse, got 'ema'"):
+        qnn.QuantConv2d(3, 5, 3, weight_quant=GranQWeightPerChannel, weight_range_mode="ema")
+
+
 @pytest.mark.parametrize("quant", [*PER_CHANNEL.values(), GranQWeightPerKernel])
 @pytest.mark.parametrize("name, function", [
     ("linear", F.linear), ("conv2d", F.conv2d), ("conv_transpose2d", F.conv_transpose2d)])

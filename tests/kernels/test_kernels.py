@@ -146,6 +146,29 @@ class TestCompiled:
             value = kernels.affine_quantize(x, scale, zero_point, limits, 1, before)
             oracles.assert_equal(((integers - zero_point) * scale).to(x.dtype), value)
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("n", [17, 64, 300])
+    def test_levels_that_are_looked_up(self, dtype, n):
+        """All levels, the one too many of a range symmetric around 0, the sign of zero where the offset is -0, offsets that drown
+        the levels, one value only."""
+        ramp = torch.linspace(0, 1, n)
+        x = torch.stack([ramp, ramp - 0.5, 3 * ramp - 1.5, ramp - 0.01, ramp - 1e-6, -ramp, ramp + 1000, ramp - 1e6, 0 * ramp,
+                         0 * ramp + 7, ramp * 1e-9, ramp * 1e30, ramp.neg() * 1e38, (ramp - 0.01).round(decimals=1)])
+        x = torch.stack([x, x.flip(1)]).to(dtype)
+        for bit_width in range(1, 8):
+            for before in (Before(), Before(relu=True), Before(min_val=-0.25, max_val=0.75)):
+                compare(lambda t: kernels.granq(t, bit_width, 1, before), lambda t: GF.granq(before.apply(t), bit_width),  # noqa: B023
+                        (x, ), torch.ones_like(x))
+
+    def test_large_tensors(self):
+        """Whose memory is asked for by the huge page."""
+        x = torch.randn(2, 5, 512, 256)
+        scale, zero_point = GF.affine_params(*GF.channel_range(x, per_sample=False), 4)
+        for t in (x, x.contiguous(memory_format=torch.channels_last)):
+            compare(lambda t: kernels.granq(t, 4, 1, Before(relu=True)), lambda t: GF.granq(t.relu(), 4), (t, ), torch.randn_like(t))
+            compare(lambda t: kernels.affine_quantize(t, scale, zero_point, (0, 15)),
+                    lambda t: GF.affine_quantize(t, scale, zero_point, (0, 15)), (t, ), torch.randn_like(t))
+
     def test_gradient_of_granq_alone_is_the_incoming_tensor(self):
         """No copy is made."""
         x = torch.randn(2, 3, 8, 8, requires_grad=True)

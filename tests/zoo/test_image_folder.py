@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from granq_plugin import cli
 from zoo.card import Card, Preprocessing
-from zoo.data import load_images
+from zoo.data import in_memory, load_images
 from zoo.image_folder import read_folder
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow (with torchvision, zoo extra) is not installed")
@@ -91,3 +92,32 @@ def test_bad_images_are_named(tmp_path):
     (tmp_path / "0" / "0.png").write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"0.png' is not a readable image"):
         read_folder(tmp_path, PREPROCESSING, 1).images  # noqa: B018
+
+
+def test_decoded_for_training_they_are_the_same(tmp_path, monkeypatch):
+    fill(tmp_path, ["a", "b", "c"])
+    data = read_folder(tmp_path, PREPROCESSING, 3)
+    decoded = in_memory(data)
+    assert torch.equal(decoded.images, torch.cat([x for x, _ in data.batches(2)])) and torch.equal(decoded.labels, data.labels)
+    assert in_memory(decoded) is decoded
+    monkeypatch.setattr("os.sysconf", lambda name: 1)
+    with pytest.raises(ValueError, match="6 images of .* take 0.0 GiB in memory"):
+        in_memory(data)
+
+
+def test_a_teacher_is_trained_from_image_folders(tmp_path, capsys):
+    """Of a card file's network; the accuracy is never that of the training images."""
+    (tmp_path / "small.toml").write_text(dataclasses.replace(
+        CARD, architecture="zoo.models.cifar_resnet:resnet8", license="MIT").to_toml())
+    fill(tmp_path / "data", ["a", "b", "c"], per_class=6)
+    command = ["train-teacher", str(tmp_path / "small.toml"), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"),
+               "--set", "epochs=2", "--set", "batch_size=4"]
+    assert cli.run(command) != 0
+    assert "has no test images beside those to train on: give --holdout N" in capsys.readouterr().err
+    assert cli.run([*command, "--holdout", "4"]) == 0
+    assert "on 4 held-out training images" in capsys.readouterr().out
+    fill(tmp_path / "data" / "flowers" / "train", ["a", "b", "c"], per_class=6)
+    fill(tmp_path / "data" / "flowers" / "test", ["a", "b", "c"], per_class=3)
+    command[command.index("--out") + 1] = str(tmp_path / "run2")
+    assert cli.run(command) == 0, capsys.readouterr().err
+    assert "on 9 test images" in capsys.readouterr().out

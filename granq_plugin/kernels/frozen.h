@@ -1,0 +1,92 @@
+// Frozen ranges: Brevitas's IntQuant, and the gradients.
+#pragma once
+
+#include "vectors.h"
+
+namespace {
+
+struct Frozen {
+    V scale, zero_point;
+    W low, high;  // of the integers
+    inline V integers(V v) const { return rint(v / scale + zero_point); }
+    inline V value(V q) const {
+        q = q > high ? all(high) : q;
+        q = q < low ? all(low) : q;
+        return (q - zero_point) * scale;
+    }
+    inline uint16_t passes(V q) const { return bits_between<false>(q, all(low), all(high)); }
+};
+
+// One vector: its value on the grid, and its bits
+template <int B, bool MASK> inline V frozen_value(V v, const Frozen& frozen, const Steps& steps, uint16_t* bits) {
+    const V q = frozen.integers(steps.template clamp<B>(v));
+    if (MASK) *bits = B == CLAMP ? frozen.passes(q) & steps.passes(v) : frozen.passes(q);
+    return frozen.value(q);
+}
+
+template <int B, bool MASK>
+void frozen_rows(const T* x, T* y, uint16_t* mask, const W* scale, const W* zero_point, Shape s, W lowest, W highest, Limits limits,
+                 int threads) {
+    const int64_t n = s.inner;
+    #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t r = 0; r < s.samples * s.channels; r++) {
+        const Steps steps(limits);
+        const Frozen frozen{all(scale[r % s.channels]), all(zero_point[r % s.channels]), lowest, highest};
+        uint16_t* bits = MASK ? mask + r * vectors_in(n) : nullptr;
+        map_row(x + r * n, y + r * n, n, [&](V v, int64_t k) { return frozen_value<B, MASK>(v, frozen, steps, bits + k); });
+    }
+}
+
+constexpr int PIXELS = 8;  // that share what is loaded for their channels
+
+template <int B, bool MASK>
+void frozen_columns(const T* x, T* y, uint16_t* mask, const W* scale, const W* zero_point, Shape s, W lowest, W highest,
+                    Limits limits, int threads) {
+    const int64_t pixels = s.samples * s.outer, vectors = vectors_in(s.channels);
+    #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t from = 0; from < pixels; from += PIXELS) {
+        const int64_t to = from + PIXELS < pixels ? from + PIXELS : pixels;
+        const Steps steps(limits);
+        for (int64_t at = 0; at < s.channels; at += L) {
+            const Columns<false> columns(at, s.channels);
+            const Frozen frozen{columns.read(scale), columns.read(zero_point), lowest, highest};
+            for (int64_t i = from; i < to; i++)
+                columns.write(y + i * s.channels, frozen_value<B, MASK>(
+                    columns.read(x + i * s.channels), frozen, steps, MASK ? mask + i * vectors + at / L : nullptr));
+        }
+    }
+}
+
+// --- backward: the gradient where it passes, zero elsewhere; of frozen ranges also times and through the scale, as autograd does
+
+template <bool SCALED> inline V back(V grad, uint16_t bits, V scale) {
+    return lanes_of(bits) ? (SCALED ? grad * scale / scale : grad) : V{};
+}
+
+template <bool SCALED>
+void backward_rows(const T* grad, const uint16_t* mask, T* out, const W* scale, Shape s, int threads) {
+    const int64_t n = s.inner;
+    #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t r = 0; r < s.samples * s.channels; r++) {
+        const V by = SCALED ? all(scale[r % s.channels]) : V{};
+        const uint16_t* bits = mask + r * vectors_in(n);
+        map_row(grad + r * n, out + r * n, n, [&](V g, int64_t k) { return back<SCALED>(g, bits[k], by); });
+    }
+}
+
+template <bool SCALED>
+void backward_columns(const T* grad, const uint16_t* mask, T* out, const W* scale, Shape s, int threads) {
+    const int64_t pixels = s.samples * s.outer, vectors = vectors_in(s.channels);
+    #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t from = 0; from < pixels; from += PIXELS) {
+        const int64_t to = from + PIXELS < pixels ? from + PIXELS : pixels;
+        for (int64_t at = 0; at < s.channels; at += L) {
+            const Columns<false> columns(at, s.channels);
+            const V by = SCALED ? columns.read(scale) : V{};
+            for (int64_t i = from; i < to; i++)
+                columns.write(out + i * s.channels, back<SCALED>(columns.read(grad + i * s.channels), mask[i * vectors + at / L], by));
+        }
+    }
+}
+
+}  // namespace
