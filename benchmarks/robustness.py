@@ -150,7 +150,8 @@ def table() -> str:
     lines += [f"| {r['file']} | {r['read_by']} | {r['tried']} | {r['errors']} | {r['reads']} | {r['other']} | {r['memory_mb']} |"
               for r in files]
     lines.append("| **all** | | **{}** | **{}** | **{}** | **{}** | **{}** |".format(
-        *(sum(int(r[k]) for r in files) for k in ("tried", "errors", "reads", "other")), max(int(r["memory_mb"]) for r in files)))
+        *(sum(int(r[k]) for r in files) for k in ("tried", "errors", "reads", "other")),
+        max((int(r["memory_mb"]) for r in files), default=0)))
     lines += ["", "| fault | command | injected | command stopped | results lost | then bit-identical | other |",
               "|---|---|---|---|---|---|---|"]
     lines += ["| {}{} | {} | {} | {} | {} | {} | {} |".format(r["fault"], f" ({r['how']})" if r["how"] else "", *(

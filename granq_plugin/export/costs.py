@@ -8,6 +8,7 @@ from granq_plugin.export.describe import FLOAT_BITS
 from granq_plugin.export.executors import open_executor, with_input_shapes
 from granq_plugin.export.files import metadata_of, read_onnx
 from granq_plugin.export.integers import find_quantizers
+from granq_plugin.reading import reason_of
 
 __all__ = ["MAC_OPS", "CostReport", "LayerCost", "report"]
 
@@ -92,12 +93,21 @@ def report(path: str | Path) -> CostReport:
         >>> costs.totals()["weight_bytes"], costs.totals(32)["weight_bytes"]
         (108.0, 864.0)
     """
+    proto = read_onnx(path, allow_changed=True)
+    try:
+        return _report(proto, path)
+    except (ValueError, ModuleNotFoundError):
+        raise
+    except Exception as e:  # qonnx asserts, and looks up what another tool's graph may lack
+        raise ValueError(f"{str(path)!r} cannot be analysed: {type(e).__name__}: {reason_of(e)}") from e
+
+
+def _report(proto, path: str | Path) -> CostReport:
     from qonnx.analysis.inference_cost import inference_cost
     from qonnx.core.datatype import DataType
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.transformation.general import GiveUniqueNodeNames
 
-    proto = read_onnx(path, allow_changed=True)
     shapes = {i.name: [d.dim_value or 1 for d in i.type.tensor_type.shape.dim] for i in proto.graph.input}
     batch = next(iter(shapes.values()))[0]
     graph = ModelWrapper(with_input_shapes(proto, shapes)).transform(GiveUniqueNodeNames())
@@ -160,8 +170,18 @@ def _is_constant(graph, tensor: str) -> bool:
     return node is not None and all(_is_constant(graph, i) for i in node.input if i)
 
 
+def _named_bits(metadata: dict[str, str], key: str) -> list[tuple[str, int]]:
+    try:
+        named = [(str(name), int(bits)) for name, bits in json.loads(metadata.get(key, "[]"))]
+    except (ValueError, TypeError, RecursionError) as e:
+        raise ValueError(f"the file's {key} are no list of names and bit widths: {reason_of(e)}") from e
+    if not all(1 <= bits <= FLOAT_BITS for _, bits in named):
+        raise ValueError(f"the file's {key} must be 1 to {FLOAT_BITS}, got {[bits for _, bits in named]}")
+    return named
+
+
 def _weight_bits(graph, nodes, metadata: dict[str, str]) -> tuple[list[str], list[int]]:
-    named = json.loads(metadata.get("weight_bit_widths", "[]"))
+    named = _named_bits(metadata, "weight_bit_widths")
     if len(named) == len(nodes):
         return [name for name, _ in named], [bits for _, bits in named]
     return [n.name for n in nodes], [_quant_bits(graph, n.input[1]) for n in nodes]
@@ -169,7 +189,7 @@ def _weight_bits(graph, nodes, metadata: dict[str, str]) -> tuple[list[str], lis
 
 def _activation_bits(graph, proto, nodes, metadata: dict[str, str]) -> list[int]:
     """The bits of what each node reads: of the quantizer that its input comes from, past operators that keep values."""
-    named, quantizers = json.loads(metadata.get("activation_bit_widths", "[]")), find_quantizers(proto)
+    named, quantizers = _named_bits(metadata, "activation_bit_widths"), find_quantizers(proto)
     known = {q.value: bits for q, (_, bits) in zip(quantizers, named)} if len(named) == len(quantizers) else {}
     result = []
     for node in nodes:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from granq_plugin.export.files import attribute, quant_limits
+from granq_plugin.reading import reason_of
 
 __all__ = ["EXECUTORS", "fixed_batch", "lower_quant", "open_executor", "split_for_hls4ml", "with_input_shapes"]
 
@@ -47,9 +48,16 @@ def _onnxruntime(model):
         session = onnxruntime.InferenceSession(
             lower_quant(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as e:  # onnxruntime's own classes
-        raise ValueError(f"onnxruntime does not take this model: {str(e).splitlines()[0]}") from e
+        raise ValueError(f"onnxruntime does not take this model: {reason_of(e)}") from e
     names = [o.name for o in session.get_outputs()]
-    return lambda inputs: dict(zip(names, session.run(names, inputs)))
+
+    def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        try:
+            return dict(zip(names, session.run(names, inputs)))
+        except Exception as e:
+            raise ValueError(f"onnxruntime cannot run this model: {reason_of(e)}") from e
+
+    return run
 
 
 def _qonnx(model):
@@ -61,10 +69,13 @@ def _qonnx(model):
 
     def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         batch = len(next(iter(inputs.values())))
-        if batch not in prepared:
-            wrapper = ModelWrapper(with_input_shapes(model, {name: x.shape for name, x in inputs.items()}))
-            prepared[batch] = wrapper.transform(InferShapes())
-        return execute_onnx(prepared[batch], inputs)
+        try:
+            if batch not in prepared:
+                wrapper = ModelWrapper(with_input_shapes(model, {name: x.shape for name, x in inputs.items()}))
+                prepared[batch] = wrapper.transform(InferShapes())
+            return execute_onnx(prepared[batch], inputs)
+        except Exception as e:  # assertions, KeyErrors, onnxruntime's own classes
+            raise ValueError(f"qonnx cannot run this model: {type(e).__name__}: {reason_of(e)}") from e
 
     return run
 

@@ -10,8 +10,8 @@ from granq_plugin.reading import existing_file, reason_of
 
 __all__ = ["attribute", "check_contents", "metadata_of", "quant_limits", "read_metadata", "read_onnx", "set_metadata"]
 
-MOST_ELEMENTS = 2**28
-"""Of an input."""
+MOST_INPUT, MOST_ELEMENTS = 2**22, 2**28
+"""Of a sample, and of a tensor whose size can be told before the network runs."""
 PREFIX = "granq."
 DIGEST = "sha256"
 
@@ -78,6 +78,7 @@ def read_onnx(path: str | Path, allow_changed: bool = False):
 
 def check_contents(model) -> None:
     """Raise a ValueError for what no network of ours has, and what could read other files, run for ever, or fill the memory."""
+    import onnx
     from onnx import AttributeProto, TensorProto
     tensors = list(model.graph.initializer)
     for node in model.graph.node:
@@ -94,8 +95,11 @@ def check_contents(model) -> None:
             raise ValueError(f"tensor {tensor.name!r} declares {list(tensor.dims)} elements and does not hold them")
     for value in model.graph.input:
         dims = [d.dim_value for d in value.type.tensor_type.shape.dim]
-        if any(d < 0 for d in dims) or math.prod(d or 1 for d in dims) > MOST_ELEMENTS:
+        if any(d < 0 for d in dims) or math.prod(d or 1 for d in dims[1:]) > MOST_INPUT:
             raise ValueError(f"input {value.name!r} declares shape {dims}")
+    for value in onnx.shape_inference.infer_shapes(model, data_prop=True).graph.value_info:
+        if math.prod(d.dim_value for d in value.type.tensor_type.shape.dim) > MOST_ELEMENTS:
+            raise ValueError(f"tensor {value.name!r} has shape {[d.dim_value for d in value.type.tensor_type.shape.dim]}")
 
 
 def metadata_of(model) -> dict[str, str]:

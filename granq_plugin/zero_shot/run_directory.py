@@ -134,8 +134,8 @@ class RunDirectory:
         with atomic_path(self.path / "checkpoint.pt") as part:
             try:
                 torch.save(state, part)
-            except RuntimeError as e:  # torch's writer reports a full disk so
-                raise OSError(f"{e}") from e
+            except RuntimeError as e:  # torch's writer hides the reason
+                raise OSError(f"the disk is full, or failing ({reason_of(e)})") from e
 
     @contextlib.contextmanager
     def checkpoint(self) -> Iterator[dict | None]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,15 @@ def test_bad_arrays_are_described(tmp_path, x, y, message):
     np.savez(tmp_path / "test.npz", x=x, y=y)
     with pytest.raises(ValueError, match=message):
         load_images(tmp_path, "cifar10")
+
+
+def test_an_archive_that_unpacks_to_a_gigabyte_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "test.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive, archive.open(
+            "x.npy", "w", force_zip64=True) as entry:
+        for _ in range(20):
+            entry.write(bytes(2**24))
+    with pytest.raises(ValueError, match=r"test.npz' is not an .npz file .*: it unpacks to 335,544,320 bytes, more than images"):
+        read_npz(tmp_path / "test.npz")
 
 
 def test_damaged_or_pickled_files_are_refused(tmp_path):

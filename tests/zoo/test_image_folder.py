@@ -1,6 +1,7 @@
 """Image files in class folders: labels, sizes, and the transforms of torchvision's weights."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -121,3 +122,21 @@ def test_a_teacher_is_trained_from_image_folders(tmp_path, capsys):
     command[command.index("--out") + 1] = str(tmp_path / "run2")
     assert cli.run(command) == 0, capsys.readouterr().err
     assert "on 9 test images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [(20_000, 4_000), (1, 60_000), (60_000, 1)])
+def test_images_that_would_fill_the_memory(tmp_path, size):
+    """A narrow one grows when its shorter side is resized."""
+    (tmp_path / "0").mkdir()
+    Image.new("1", size).save(tmp_path / "0" / "a.png")
+    images = read_folder(tmp_path, dataclasses.replace(PREPROCESSING, resize=256, image_size=224), 10)
+    with pytest.raises(ValueError, match=r"a.png' is not a readable image: it has \d+x\d+ pixels, more than"):
+        next(images.batches(1))
+
+
+def test_pipes_and_folders_are_no_images(tmp_path):
+    """Opening a pipe would wait for ever."""
+    (tmp_path / "0" / "folder.png").mkdir(parents=True)
+    os.mkfifo(tmp_path / "0" / "pipe.png")
+    with pytest.raises(FileNotFoundError, match="no class folders"):
+        read_folder(tmp_path, PREPROCESSING, 10)

@@ -48,6 +48,22 @@ def test_another_architecture_is_refused_whole(tmp_path, change, message):
     assert equal(target, before)
 
 
+@pytest.mark.parametrize("value, message", [
+    (torch.full((4, 3), float("nan")), "holds values that are not finite, in 0.weight"),
+    (torch.ones(4, 3, dtype=torch.complex64), r"1 of another kind of number \(first: 0.weight, torch.complex64\)"),
+    (torch.ones(4, 3, dtype=torch.int64), "1 of another kind of number")])
+def test_numbers_that_are_no_weights(tmp_path, value, message):
+    torch.save(net(1).state_dict() | {"0.weight": value}, tmp_path / "w.pt")
+    target, before = net(2), net(2)
+    with pytest.raises(ValueError, match=message):
+        load_weights(target, tmp_path / "w.pt")
+    assert equal(target, before)
+    half = {k: v.half() if v.is_floating_point() else v for k, v in net(1).state_dict().items()}
+    torch.save(half, tmp_path / "w.pt")
+    load_weights(target, tmp_path / "w.pt")
+    assert torch.equal(target[0].weight.half(), half["0.weight"])
+
+
 class Exploit:
     def __reduce__(self):
         return (exec, ("raise SystemExit('code ran')", ))
