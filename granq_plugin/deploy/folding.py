@@ -219,9 +219,9 @@ def _folded_activation(layer: nn.Module) -> nn.Module:
     layer_class = qnn.QuantReLU if isinstance(fused.activation_impl, nn.ReLU) else qnn.QuantIdentity
     quantizer = Int8ActPerTensorFloat if proxy.is_signed else Uint8ActPerTensorFloat
     folded = layer_class(
-        act_quant=quantizer.let(int_quant=IntQuant if config.JIT_ENABLED else FusedIntQuant), bit_width=fused.tensor_quant.bit_width,
-        scaling_impl_type="const", scaling_init=float(max(-low, high)), return_quant_tensor=layer.return_quant_tensor,
-        **(dict(narrow_range=True) if proxy.is_narrow_range else {}))
+        act_quant=quantizer.let(int_quant=IntQuant if config.JIT_ENABLED else FusedIntQuant),
+        bit_width=fused.tensor_quant.bit_width, scaling_impl_type="const", scaling_init=float(max(-low, high)),
+        return_quant_tensor=layer.return_quant_tensor, **(dict(narrow_range=True) if proxy.is_narrow_range else {}))
     return folded.train(layer.training).to(next(proxy.buffers()).device)
 
 

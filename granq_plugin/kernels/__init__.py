@@ -10,7 +10,6 @@ import os
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from granq_plugin import functional as GF
@@ -18,11 +17,9 @@ from granq_plugin.functional import GranQResult
 from granq_plugin.kernels import compiled, native
 from granq_plugin.kernels.layout import IDENTITY, Before, Layout, layout_of, static_layout_of, whole_layout_of
 
-__all__ = ["BACKENDS", "IDENTITY", "Before", "affine_quantize", "backend", "granq", "granq_batch_norm", "is_observed",
-           "why_not_compiled"]
+__all__ = ["BACKENDS", "IDENTITY", "Before", "affine_quantize", "backend", "granq", "is_observed", "why_not_compiled"]
 
 BACKENDS = ("eager", "compiled", "triton")
-_RELU = Before(relu=True)
 _PLAIN = (Tensor, nn.Parameter)  # subclasses (fake tensors, DTensor...) see torch's operations
 
 
@@ -114,42 +111,6 @@ def granq(x: Tensor, bit_width: int, channel_axis: int = 1, before: Before = IDE
             from granq_plugin.kernels import triton_kernel
             return triton_kernel.granq(x, GF.check_bit_width(bit_width), layout, before)
     return GF.granq(before.apply(x), bit_width, channel_axis)
-
-
-def granq_batch_norm(
-        x: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        bit_width: int,
-        before: Before = _RELU) -> GranQResult:
-    """BatchNorm in evaluation mode, ReLU and :func:`granq_plugin.functional.granq`, fused: what a network in zero-shot QAT runs.
-
-    Args:
-        x: float tensor ``[B, C, *spatial]``.
-        running_mean, running_var, weight, bias: ``[C]``, the last two or None; eps: of the BatchNorm.
-        bit_width: k, from 1 to 16. before: ReLU and clamp between BatchNorm and quantization.
-
-    Returns:
-        :class:`~granq_plugin.functional.GranQResult`, with gradients to x, weight and bias. Equal bit for bit to
-        ``granq(relu(F.batch_norm(x, ...)))`` where torch's CPU kernels multiply and add in one rounding (x86 with AVX2, float32
-        and half precision); elsewhere, and in float64, BatchNorm's result may differ in its last bits, and a value that lies on
-        a rounding tie by one level.
-
-    Raises:
-        TypeError, ValueError: see :func:`granq`.
-    """
-    chosen, layout = _choose(x, 1) if isinstance(x, Tensor) and x.dim() > 2 else ("eager", None)
-    if chosen == "compiled":
-        wide = torch.promote_types(x.dtype, torch.float32)
-        parameters = [t for t in (running_mean, running_var, weight, bias) if t is not None]
-        if all(t.dtype == wide and t.is_cpu and t.is_contiguous() and t.numel() == x.shape[1] for t in parameters):
-            return compiled.granq_batch_norm(
-                x, running_mean, running_var, weight, bias, eps, GF.check_bit_width(bit_width), layout, before)
-    y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
-    return GF.granq(before.apply(y), bit_width)
 
 
 def affine_quantize(

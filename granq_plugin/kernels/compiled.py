@@ -7,21 +7,14 @@ from granq_plugin.functional import GranQResult
 from granq_plugin.kernels import native
 from granq_plugin.kernels.layout import Before, Layout
 
-__all__ = ["affine_quantize", "granq", "granq_batch_norm"]
+__all__ = ["affine_quantize", "granq"]
 
 
 def granq(x: Tensor, bit_width: int, layout: Layout, before: Before) -> GranQResult:
     """See :func:`granq_plugin.kernels.granq`."""
     if x.requires_grad and torch.is_grad_enabled():
         return GranQResult(*_GranQ.apply(x, bit_width, layout, before))
-    return GranQResult(*_forward(x, bit_width, layout, before, None, None, False)[:3])
-
-
-def granq_batch_norm(
-        x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, bit_width: int,
-        layout: Layout, before: Before) -> GranQResult:
-    """See :func:`granq_plugin.kernels.granq_batch_norm`. Statistics and parameters are contiguous, of the dtype of the scales."""
-    return GranQResult(*_GranQBatchNorm.apply(x, weight, bias, mean, var, eps, bit_width, layout, before))
+    return GranQResult(*_forward(x, bit_width, layout, before, False)[:3])
 
 
 def affine_quantize(
@@ -43,16 +36,15 @@ def _pointer(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-def _forward(
-        x: Tensor, bit_width: int, layout: Layout, before: Before, alpha: Tensor | None, beta: Tensor | None,
-        needs_mask: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _forward(x: Tensor, bit_width: int, layout: Layout, before: Before,
+             needs_mask: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     y = torch.empty_like(x)
     scale = torch.empty(layout.scale_shape, dtype=torch.promote_types(x.dtype, torch.float32))
     zero_point = torch.empty_like(scale)
     mask = torch.empty(_mask_size(layout), dtype=torch.uint8) if needs_mask else None
     native.library(x.dtype).granq_forward(
-        x.data_ptr(), y.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), _pointer(mask), _pointer(alpha), _pointer(beta),
-        *layout[:4], 2**bit_width - 1, *before.limits(x.dtype), native.threads_for(x))
+        x.data_ptr(), y.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), _pointer(mask), *layout[:4], 2**bit_width - 1,
+        *before.limits(x.dtype), native.threads_for(x))
     return y, scale, zero_point, mask
 
 
@@ -62,7 +54,7 @@ class _GranQ(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, bit_width: int, layout: Layout, before: Before):
         ctx.set_materialize_grads(False)
-        y, scale, zero_point, ctx.mask = _forward(x, bit_width, layout, before, None, None, before.limits(x.dtype)[0])
+        y, scale, zero_point, ctx.mask = _forward(x, bit_width, layout, before, before.limits(x.dtype)[0])
         ctx.layout = layout
         ctx.mark_non_differentiable(scale, zero_point)
         return y, scale, zero_point
@@ -72,34 +64,6 @@ class _GranQ(torch.autograd.Function):
         if grad is not None and ctx.mask is not None:
             grad = _masked(grad, ctx.mask, None, ctx.layout)
         return grad, None, None, None
-
-
-class _GranQBatchNorm(torch.autograd.Function):
-    """The backward of BatchNorm is torch's own, on the gradient that ReLU and clamp let pass."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, mean, var, eps: float, bit_width: int, layout: Layout, before: Before):
-        ctx.set_materialize_grads(False)
-        alpha, beta = torch.empty_like(mean), torch.empty_like(mean)
-        native.library(x.dtype).batch_norm_affine(
-            mean.data_ptr(), var.data_ptr(), _pointer(weight), _pointer(bias), eps, mean.numel(), alpha.data_ptr(), beta.data_ptr())
-        needs_mask = bool(before.limits(x.dtype)[0]) and any(ctx.needs_input_grad)
-        y, scale, zero_point, ctx.mask = _forward(x, bit_width, layout, before, alpha, beta, needs_mask)
-        ctx.save_for_backward(x, weight, mean, var)
-        ctx.eps, ctx.layout = eps, layout
-        ctx.mark_non_differentiable(scale, zero_point)
-        return y, scale, zero_point
-
-    @staticmethod
-    def backward(ctx, grad: Tensor | None, *unused):
-        if grad is None:
-            return (None, ) * 9
-        if ctx.mask is not None:
-            grad = _masked(grad, ctx.mask, None, ctx.layout)
-        x, weight, mean, var = ctx.saved_tensors
-        grads = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, var, None, None, False, ctx.eps, list(ctx.needs_input_grad[:3]))
-        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad)), *(None, ) * 6
 
 
 def _affine(x, scale, zero_point, limits, layout: Layout, before: Before, needs_mask: bool) -> tuple[Tensor, Tensor | None]:

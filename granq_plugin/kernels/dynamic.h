@@ -64,9 +64,8 @@ struct Table {
 
 // --- contiguous: one row per (sample, channel)
 
-template <int B, bool MASK>
-void rows(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, const W* alpha, const W* beta, Shape s, double levels,
-          Limits limits, int threads) {
+template <bool CLAMP, bool MASK>
+void rows(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, Shape s, double levels, Limits limits, int threads) {
     const int64_t n = s.inner, count = s.samples * s.channels;
     const int64_t fitting = 16384 / int64_t(n * sizeof(T));  // rows of a group stay in the first cache between the two passes
     const int64_t size = fitting < 1 ? 1 : fitting > L ? L : fitting;
@@ -75,9 +74,6 @@ void rows(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, const W* al
         const int64_t group = count - first < size ? count - first : size;
         const Steps steps(limits);
         V lo[L], hi[L], sums{};
-        const auto batch_norm_of = [&](int64_t r) {
-            return B == AFFINE_CLAMP ? Affine{all(alpha[r % s.channels]), all(beta[r % s.channels])} : Affine{};
-        };
         for (int64_t g = 0; g < L; g++) {
             if (g >= group) {
                 lo[g] = hi[g] = V{};
@@ -86,15 +82,13 @@ void rows(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, const W* al
             const Row row(x + (first + g) * n, n);
             const T* in = row.x;
             uint16_t* bits = MASK ? mask + (first + g) * vectors_in(n) : nullptr;
-            const Affine bn = batch_norm_of(first + g);
             V l = all(std::numeric_limits<W>::infinity()), h = -l, sum{};
             each_vector(n, [&](int64_t i, int64_t k) {
-                V v = load(in + i);
-                if (B == AFFINE_CLAMP) v = bn(v);
+                const V v = load(in + i);
                 if (MASK) bits[k] = steps.passes(v);
                 l = least(l, v), h = greatest(h, v), sum += v;
             });
-            lo[g] = steps.template clamp<B>(l), hi[g] = steps.template clamp<B>(h), sums += sum;  // clamping keeps the order
+            lo[g] = steps.template clamp<CLAMP>(l), hi[g] = steps.template clamp<CLAMP>(h), sums += sum;  // clamping keeps the order
         }
         // 16 vectors of minima become one with the minimum of each row; all 16 grids are then computed together
         for (int half = L / 2; half; half /= 2)
@@ -108,8 +102,7 @@ void rows(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, const W* al
         if (sum != sum)  // a NaN, or infinities: minima and maxima pass over NaN, so look for it row by row
             for (int64_t g = 0; g < group; g++)
                 for (int64_t i = 0; i < n; i++) {
-                    W v = widen(x[(first + g) * n + i]);
-                    if (B == AFFINE_CLAMP) v = affine(v, alpha[(first + g) % s.channels], beta[(first + g) % s.channels]);
+                    const W v = widen(x[(first + g) * n + i]);
                     if (v != v) lows[g] = v;
                 }
         const V low = load(lows), high = low != low ? low : hi[0];
@@ -121,11 +114,9 @@ void rows(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, const W* al
         std::memcpy(zero_point + first, zero_points, group * sizeof(W));
         for (int64_t g = 0; g < group; g++) {
             const Grid own{all(inv_scales[g]), all(offsets[g])};
-            const Affine bn = batch_norm_of(first + g);
             const auto quantize = [&](auto on_grid) {
-                map_row(x + (first + g) * n, y + (first + g) * n, n, [&](V v, int64_t) {
-                    return on_grid(steps.template clamp<B>(B == AFFINE_CLAMP ? bn(v) : v));
-                });
+                map_row(x + (first + g) * n, y + (first + g) * n, n,
+                        [&](V v, int64_t) { return on_grid(steps.template clamp<CLAMP>(v)); });
             };
             if (Table::serves(n, highest[g], offsets[g])) quantize(Table(own, highest[g]));
             else quantize([&](V v) { return level(integers(v, own), own); });
@@ -137,32 +128,28 @@ void rows(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, const W* al
 
 constexpr int BLOCK = 4;  // vectors of 16 channels that are read together: whole cache lines, also of half precision
 
-template <int B, bool MASK, int N>  // N vectors of channels, from one on, of one sample
-void column_block(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, const W* alpha, const W* beta, int64_t from,
-                  int64_t n, int64_t channels, double levels, const Steps& steps) {
+template <bool CLAMP, bool MASK, int N>  // N vectors of channels, from one on, of one sample
+void column_block(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, int64_t from, int64_t n, int64_t channels,
+                  double levels, const Steps& steps) {
     V lo[N], hi[N], sum[N];
-    Affine bn[N];
     const auto span = [&](int b) { return Columns<(N > 1)>((from + b) * L, channels); };
     for (int b = 0; b < N; b++) {
-        if (B == AFFINE_CLAMP) bn[b] = {span(b).read(alpha), span(b).read(beta)};
         lo[b] = all(std::numeric_limits<W>::infinity()), hi[b] = -lo[b], sum[b] = V{};
     }
     for (int64_t i = 0; i < n; i++)
         #pragma GCC unroll 4
         for (int b = 0; b < N; b++) {
-            V v = span(b).read(x + i * channels);
-            if (B == AFFINE_CLAMP) v = bn[b](v);
+            const V v = span(b).read(x + i * channels);
             if (MASK) mask[i * vectors_in(channels) + from + b] = steps.passes(v);
             lo[b] = least(lo[b], v), hi[b] = greatest(hi[b], v), sum[b] += v;
         }
     Grid grids[N];
     for (int b = 0; b < N; b++) {
-        lo[b] = steps.template clamp<B>(lo[b]), hi[b] = steps.template clamp<B>(hi[b]);
+        lo[b] = steps.template clamp<CLAMP>(lo[b]), hi[b] = steps.template clamp<CLAMP>(hi[b]);
         VI nan{};
         if (bits_of(sum[b] != sum[b]))  // as in rows
             for (int64_t i = 0; i < n; i++) {
-                V v = span(b).read(x + i * channels);
-                if (B == AFFINE_CLAMP) v = bn[b](v);
+                const V v = span(b).read(x + i * channels);
                 nan |= v != v;
             }
         const V none = all(std::numeric_limits<W>::quiet_NaN());
@@ -173,15 +160,13 @@ void column_block(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, con
     for (int64_t i = 0; i < n; i++)
         #pragma GCC unroll 4
         for (int b = 0; b < N; b++) {
-            V v = span(b).read(x + i * channels);
-            if (B == AFFINE_CLAMP) v = bn[b](v);
-            span(b).write(y + i * channels, level(integers(steps.template clamp<B>(v), grids[b]), grids[b]));
+            const V v = span(b).read(x + i * channels);
+            span(b).write(y + i * channels, level(integers(steps.template clamp<CLAMP>(v), grids[b]), grids[b]));
         }
 }
 
-template <int B, bool MASK>
-void columns(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, const W* alpha, const W* beta, Shape s, double levels,
-             Limits limits, int threads) {
+template <bool CLAMP, bool MASK>
+void columns(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, Shape s, double levels, Limits limits, int threads) {
     const int64_t vectors = vectors_in(s.channels), blocks = (vectors + BLOCK - 1) / BLOCK, n = s.outer;
     #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t task = 0; task < s.samples * blocks; task++) {
@@ -189,13 +174,13 @@ void columns(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, const W*
         const Steps steps(limits);
         const auto run = [&](auto block) {
             block(x + at * s.channels, y + at * s.channels, scale + sample * s.channels, zero_point + sample * s.channels,
-                  MASK ? mask + at * vectors : nullptr, alpha, beta, from, n, s.channels, levels, steps);
+                  MASK ? mask + at * vectors : nullptr, from, n, s.channels, levels, steps);
         };
         switch (vectors - from) {
-            case 1: run(column_block<B, MASK, 1>); break;
-            case 2: run(column_block<B, MASK, 2>); break;
-            case 3: run(column_block<B, MASK, 3>); break;
-            default: run(column_block<B, MASK, BLOCK>);
+            case 1: run(column_block<CLAMP, MASK, 1>); break;
+            case 2: run(column_block<CLAMP, MASK, 2>); break;
+            case 3: run(column_block<CLAMP, MASK, 3>); break;
+            default: run(column_block<CLAMP, MASK, BLOCK>);
         }
     }
 }

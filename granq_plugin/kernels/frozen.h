@@ -18,13 +18,13 @@ struct Frozen {
 };
 
 // One vector: its value on the grid, and its bits
-template <int B, bool MASK> inline V frozen_value(V v, const Frozen& frozen, const Steps& steps, uint16_t* bits) {
-    const V q = frozen.integers(steps.template clamp<B>(v));
-    if (MASK) *bits = B == CLAMP ? frozen.passes(q) & steps.passes(v) : frozen.passes(q);
+template <bool CLAMP, bool MASK> inline V frozen_value(V v, const Frozen& frozen, const Steps& steps, uint16_t* bits) {
+    const V q = frozen.integers(steps.template clamp<CLAMP>(v));
+    if (MASK) *bits = CLAMP ? frozen.passes(q) & steps.passes(v) : frozen.passes(q);
     return frozen.value(q);
 }
 
-template <int B, bool MASK>
+template <bool CLAMP, bool MASK>
 void frozen_rows(const T* x, T* y, uint16_t* mask, const W* scale, const W* zero_point, Shape s, W lowest, W highest, Limits limits,
                  int threads) {
     const int64_t n = s.inner;
@@ -33,13 +33,13 @@ void frozen_rows(const T* x, T* y, uint16_t* mask, const W* scale, const W* zero
         const Steps steps(limits);
         const Frozen frozen{all(scale[r % s.channels]), all(zero_point[r % s.channels]), lowest, highest};
         uint16_t* bits = MASK ? mask + r * vectors_in(n) : nullptr;
-        map_row(x + r * n, y + r * n, n, [&](V v, int64_t k) { return frozen_value<B, MASK>(v, frozen, steps, bits + k); });
+        map_row(x + r * n, y + r * n, n, [&](V v, int64_t k) { return frozen_value<CLAMP, MASK>(v, frozen, steps, bits + k); });
     }
 }
 
 constexpr int PIXELS = 8;  // that share what is loaded for their channels
 
-template <int B, bool MASK>
+template <bool CLAMP, bool MASK>
 void frozen_columns(const T* x, T* y, uint16_t* mask, const W* scale, const W* zero_point, Shape s, W lowest, W highest,
                     Limits limits, int threads) {
     const int64_t pixels = s.samples * s.outer, vectors = vectors_in(s.channels);
@@ -51,7 +51,7 @@ void frozen_columns(const T* x, T* y, uint16_t* mask, const W* scale, const W* z
             const Columns<false> columns(at, s.channels);
             const Frozen frozen{columns.read(scale), columns.read(zero_point), lowest, highest};
             for (int64_t i = from; i < to; i++)
-                columns.write(y + i * s.channels, frozen_value<B, MASK>(
+                columns.write(y + i * s.channels, frozen_value<CLAMP, MASK>(
                     columns.read(x + i * s.channels), frozen, steps, MASK ? mask + i * vectors + at / L : nullptr));
         }
     }

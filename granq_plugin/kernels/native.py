@@ -1,4 +1,4 @@
-"""The C++ kernel (granq.cpp and its headers): built by the system's compiler on first use, kept in the user's cache folder, called through ctypes.
+"""The C++ kernel (granq.cpp): built by the system's compiler on first use, kept in the user's cache folder, called through ctypes.
 
 Without torch's headers, so that it builds in seconds. Nothing is built at import. Where it cannot be built (no compiler, a cache
 folder that cannot be written) there is no kernel, and :func:`problem` says why.
@@ -33,8 +33,7 @@ _SMALL = 32768  # values below which threads cost more than they save; torch's o
 
 _P, _I, _D, _C = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
 SIGNATURES = dict(
-    batch_norm_affine=[_P] * 4 + [_D, _I] + [_P] * 2,
-    granq_forward=[_P] * 7 + [_I] * 4 + [_D, _C, _D, _D, _D, _D, _C, _C],
+    granq_forward=[_P] * 5 + [_I] * 4 + [_D, _C, _D, _D, _D, _D, _C, _C],
     frozen_forward=[_P] * 5 + [_I] * 4 + [_D, _D, _C, _D, _D, _D, _D, _C, _C],
     masked_backward=[_P] * 4 + [_I] * 4 + [_C])
 

@@ -136,29 +136,11 @@ inline V rint(V v) {
     return load(lanes);
 }
 
-// What a value goes through before it is quantized, and which gradients pass back.
-enum Before { NOTHING, CLAMP, AFFINE_CLAMP };
-
+// What a value goes through before it is quantized (CLAMP: anything at all), and which gradients pass back.
 struct Limits {
     double low, high;     // clamp, ReLU among it
     double above, below;  // the gradient passes strictly between these; NaN: no limit;
     int nan;              // and for NaN if this is set
-};
-
-inline W affine(W v, W alpha, W beta) {  // BatchNorm in evaluation mode, as torch's vectorised kernels compute it
-    v = std::fma(v, alpha, beta);
-    return HALF ? widen(narrow(v)) : v;
-}
-
-struct Affine {
-    V alpha, beta;
-    inline V operator()(V v) const {
-        W lanes[L], a[L], b[L];
-        store(lanes, v), store(a, alpha), store(b, beta);
-        #pragma omp simd
-        for (int j = 0; j < L; j++) lanes[j] = affine(lanes[j], a[j], b[j]);
-        return load(lanes);
-    }
 };
 
 struct Steps {  // of one vector on its way to the range and to the grid
@@ -166,8 +148,8 @@ struct Steps {  // of one vector on its way to the range and to the grid
     bool nan;
     explicit Steps(const Limits& l)
         : low(all(W(l.low))), high(all(W(l.high))), above(all(W(l.above))), below(all(W(l.below))), nan(l.nan) {}
-    template <int B> inline V clamp(V v) const {
-        if (B == NOTHING) return v;
+    template <bool CLAMP> inline V clamp(V v) const {
+        if (!CLAMP) return v;
         v = v < low ? low : v;  // NaN stays
         return v > high ? high : v;
     }

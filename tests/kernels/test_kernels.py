@@ -10,7 +10,6 @@ from pathlib import Path
 import brevitas.nn as qnn
 import pytest
 import torch
-import torch.nn.functional as F
 from brevitas.core.function_wrapper import Identity
 from brevitas.core.quant import IntQuant
 from hypothesis import given, settings
@@ -85,44 +84,6 @@ class TestCompiled:
         with torch.no_grad():
             assert_same_bits(kernels.granq(x, bit_width, 1, before).value, GF.granq(before.apply(x), bit_width).value)
 
-    @given(tensors([torch.float32, torch.bfloat16, torch.float64]), oracles.BIT_WIDTHS, BEFORE)
-    @settings(max_examples=60)
-    def test_granq_batch_norm(self, drawn, bit_width, before):
-        x, incoming = drawn
-        if x.dim() < 3:
-            return
-        wide = torch.promote_types(x.dtype, torch.float32)
-        mean, weight, bias = torch.randn(3, x.shape[1], dtype=wide)
-        var = torch.rand(x.shape[1], dtype=wide) + 0.1
-
-        def eager(x, weight, bias):
-            return GF.granq(before.apply(F.batch_norm(x, mean, var, weight, bias, False, 0.0, 1e-5)), bit_width)
-
-        y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, 1e-5)
-        fused = kernels.granq_batch_norm(x, mean, var, None, None, 1e-5, bit_width, before)
-        assert fused.value.shape == x.shape and fused.value.dtype == x.dtype
-        if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and not y.isnan().any():
-            compare(lambda *t: kernels.granq_batch_norm(t[0], mean, var, *t[1:], 1e-5, bit_width, before), eager,
-                    (x, weight, bias), incoming)
-
-    def test_granq_batch_norm_gradients_numerically(self):
-        """Where the quantizer changes nothing (16 bits, identity gradient), autograd's numbers are those of BatchNorm + ReLU."""
-        x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
-        mean, var = torch.randn(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64) + 0.5
-        weight, bias = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
-        incoming = torch.randn(2, 3, 4, 4, dtype=torch.float64)
-
-        def gradients(*leaves):
-            y = kernels.granq_batch_norm(leaves[0], mean, var, *leaves[1:], 1e-5, 16).value
-            return torch.autograd.grad(y, leaves, incoming)
-
-        y = F.relu(F.batch_norm(x, mean, var, weight, bias, False, 0.0, 1e-5))
-        expected = torch.autograd.grad(y, (x, weight, bias), incoming)
-        for a, b in zip(gradients(x, weight, bias), expected):
-            oracles.assert_equal(a, b)
-        assert torch.autograd.gradcheck(
-            lambda *t: F.relu(F.batch_norm(t[0], mean, var, *t[1:], False, 0.0, 1e-5)), (x, weight, bias))
-
     @given(tensors(), st.sampled_from([2, 3, 4, 8]), BEFORE, st.booleans(), st.booleans())
     @settings(max_examples=150)
     def test_affine_quantize_is_brevitas_int_quant(self, drawn, bit_width, before, signed, narrow):
@@ -159,15 +120,6 @@ class TestCompiled:
             for before in (Before(), Before(relu=True), Before(min_val=-0.25, max_val=0.75)):
                 compare(lambda t: kernels.granq(t, bit_width, 1, before), lambda t: GF.granq(before.apply(t), bit_width),  # noqa: B023
                         (x, ), torch.ones_like(x))
-
-    def test_large_tensors(self):
-        """Whose memory is asked for by the huge page."""
-        x = torch.randn(2, 5, 512, 256)
-        scale, zero_point = GF.affine_params(*GF.channel_range(x, per_sample=False), 4)
-        for t in (x, x.contiguous(memory_format=torch.channels_last)):
-            compare(lambda t: kernels.granq(t, 4, 1, Before(relu=True)), lambda t: GF.granq(t.relu(), 4), (t, ), torch.randn_like(t))
-            compare(lambda t: kernels.affine_quantize(t, scale, zero_point, (0, 15)),
-                    lambda t: GF.affine_quantize(t, scale, zero_point, (0, 15)), (t, ), torch.randn_like(t))
 
     def test_gradient_of_granq_alone_is_the_incoming_tensor(self):
         """No copy is made."""
