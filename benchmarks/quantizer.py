@@ -1,14 +1,18 @@
 """What does the quantizer cost, beside copying the tensor and beside its peers?
 
-    python -m benchmarks.quantizer [--threads 2] [--part shapes|memory|scaling]
+    python -m benchmarks.quantizer [--threads 2] [--part fresh|shapes|memory|scaling]
 
 Forward, and forward with backward, of 4-bit activation quantizers on the activations of ResNet-20, -18, -50 and MobileNetV2, in
 float32 on CPU. All methods take turns, round after round, in one process; medians and quartiles, each also as a ratio to
-``torch.clone`` in the same rounds, and as bytes (the tensor read once and written once) per second beside a measured copy. Writes
-``quantizer*.csv`` and ``.png`` into ``benchmarks/results``, and the table in docs/results.md.
+``torch.clone`` in the same rounds, and as bytes (the tensor read once and written once) per second beside a measured copy. Freed
+memory is kept and used again, so that methods are compared and not page faults; glibc's defaults, which return large buffers to the
+system, are measured beside it for GranQ and the copy. Writes ``quantizer*.csv`` and ``.png`` into ``benchmarks/results``, and the
+table in docs/results.md.
 """
 
+import ctypes
 import math
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -29,10 +33,12 @@ SHAPES = (
     ("ResNet-18", (16, 64, 56, 56)), ("ResNet-18", (16, 512, 7, 7)), ("ResNet-50", (4, 2048, 7, 7)),
     ("MobileNetV2", (4, 96, 112, 112)), ("MobileNetV2", (16, 960, 7, 7)))
 HEADLINE = ((64, 64, 32, 32), (16, 256, 56, 56))
+PARTS = ("fresh", "shapes", "memory", "scaling")
 MODES = ("forward", "forward+backward")
 FIELDS = ("threads", "network", "shape", "mode", "method", "median_ms", "low_ms", "high_ms", "ratio_to_clone", "gb_per_s",
           "copy_gb_per_s", "rounds")
 SCALING_FIELDS = ("threads", "sweep", "channels", "megabytes", "method", "ns_per_value", "rounds")
+FRESH_FIELDS = ("threads", "shape", "method", "median_ms", "rounds")
 MEMORY_FIELDS = ("shape", "mode", "method", "peak_extra_tensors")
 LABELS = {
     "clone": "torch.clone", "granq": "GranQ, dynamic", "granq_static": "GranQ, static", "granq_eager": "GranQ, torch operations",
@@ -40,6 +46,17 @@ LABELS = {
     "brevitas_per_channel": "Brevitas, stock blocks per sample and channel",
     "fake_quantize": "torch.fake_quantize_per_channel_affine",
     "torchao": "torchao, dynamic fake quantization", "loop": "Python loop over channels"}
+
+
+def keep_memory(keep: bool) -> None:
+    """Whether glibc keeps freed buffers for the next one, of any size, or maps each large one from the system."""
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt, (mmap_max, mmap_threshold, trim_threshold) = ctypes.CDLL(None).mallopt, (-4, -3, -1)  # malloc.h
+    mallopt(mmap_max, 0 if keep else 2**16)
+    mallopt(trim_threshold, 2**31 - 1 if keep else 2**17)
+    if not keep:
+        mallopt(mmap_threshold, 2**17)
 
 
 def methods(channels: int) -> dict[str, Callable]:
@@ -170,6 +187,18 @@ def measure_scaling(seconds: float) -> list[dict]:
     return rows
 
 
+def measure_fresh(seconds: float) -> list[dict]:
+    """The forward of GranQ and the copy where each result lies on pages that the system must clear first."""
+    import torch
+    rows = []
+    for shape in HEADLINE:
+        functions = callers(methods(shape[1]), shape, "forward")
+        times = in_turns({name: functions[name] for name in ("clone", "granq")}, seconds)
+        rows += [dict(threads=torch.get_num_threads(), shape="x".join(map(str, shape)), method=method, rounds=len(of_method),
+                      median_ms=f"{statistics.median(of_method):.4f}") for method, of_method in times.items()]
+    return rows
+
+
 def measure_memory() -> list[dict]:
     """Most memory allocated at a time, the result included, in tensors of the input's size."""
     from torch.profiler import ProfilerActivity, profile
@@ -189,12 +218,13 @@ def measure_memory() -> list[dict]:
     return rows
 
 
-def table(rows: list[dict], scaling: list[dict], memory: list[dict]) -> str:
+def table(rows: list[dict], scaling: list[dict], memory: list[dict], fresh: list[dict]) -> str:
     """Markdown: times as multiples of torch.clone's."""
     shapes = ["x".join(map(str, s)) for s in HEADLINE]
     cell = {(r["shape"], r["mode"], r["method"]): r for r in rows}
     lines = [f"CPU, {rows[0]['threads']} threads, float32, {BITS} bits; times as multiples of `torch.clone`'s (its milliseconds in "
-             f"the first row). A copy between existing buffers: {float(rows[0]['copy_gb_per_s']):.1f} GB/s.", "",
+             f"the first row). Freed memory is kept and used again. A copy between existing buffers: "
+             f"{float(rows[0]['copy_gb_per_s']):.1f} GB/s.", "",
              "| | " + " | ".join(f"[{s.replace('x', ', ')}] {m}" for s in shapes for m in MODES) + " | peak memory, tensors |",
              "|---|" + "---|" * (len(shapes) * len(MODES) + 1)]
     for method in dict.fromkeys(r["method"] for r in rows):
@@ -205,7 +235,11 @@ def table(rows: list[dict], scaling: list[dict], memory: list[dict]) -> str:
     granq, clone = ([float(r["ns_per_value"]) for r in scaling if r["sweep"] == "channels" and r["method"] == m]
                     for m in ("granq", "clone"))
     ratios = [g / c for g, c in zip(granq, clone)]
-    lines += ["", f"GranQ's cost per value from C = 16 to C = 2048 at 16 MB, all in turns: {min(granq):.3f} to {max(granq):.3f} ns "
+    ms = {(r["shape"], r["method"]): float(r["median_ms"]) for r in fresh}
+    fresh_ratios = [f"{ms[s, 'granq'] / ms[s, 'clone']:.2f} ({ms[s, 'clone']:.2f} ms)" for s in shapes]
+    lines += ["", "Where every result lies on fresh pages of the system instead, dynamic GranQ's forward takes "
+              f"{' and '.join(fresh_ratios)} times the copy's time (in brackets).", "",
+              f"GranQ's cost per value from C = 16 to C = 2048 at 16 MB, all in turns: {min(granq):.3f} to {max(granq):.3f} ns "
               f"(largest / smallest {max(granq) / min(granq):.2f}; `torch.clone` on the same tensors: "
               f"{max(clone) / min(clone):.2f}), {min(ratios):.2f} to {max(ratios):.2f} times the copy's at the same C."]
     return "\n".join(lines)
@@ -264,28 +298,33 @@ def read_rows(name: str) -> list[dict]:
 @click.command(help=__doc__)
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--seconds", type=click.FloatRange(min=0.1), default=3.0, show_default=True, help="for each shape and mode, at least")
-@click.option("--part", "parts", type=click.Choice(("shapes", "memory", "scaling")), multiple=True,
-              default=("shapes", "memory", "scaling"), show_default=True, help="leaves the other parts' results as they are")
+@click.option("--part", "parts", type=click.Choice(PARTS), multiple=True,
+              default=PARTS, show_default=True, help="leaves the other parts' results as they are")
 def main(threads: int, seconds: float, parts: tuple[str, ...]) -> None:
     import torch
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     RESULTS.mkdir(exist_ok=True)
+    if "fresh" in parts:  # first: later there are freed buffers to use again
+        keep_memory(False)
+        write(RESULTS / "quantizer_fresh.csv", FRESH_FIELDS, measure_fresh(seconds))
+    keep_memory(True)
     if "shapes" in parts:
         write(RESULTS / "quantizer.csv", FIELDS, measure_shapes(seconds))
     if "memory" in parts:
         write(RESULTS / "quantizer_memory.csv", MEMORY_FIELDS, measure_memory())
     if "scaling" in parts:
         write(RESULTS / "quantizer_scaling.csv", SCALING_FIELDS, measure_scaling(seconds / 3))
-    missing = [p for p in ("quantizer.csv", "quantizer_scaling.csv", "quantizer_memory.csv") if not (RESULTS / p).exists()]
+    files = [f"quantizer{name}.csv" for name in ("", "_scaling", "_memory", "_fresh")]
+    missing = [p for p in files if not (RESULTS / p).exists()]
     if missing:
         raise click.ClickException(f"the table needs all parts, and these were never measured: {', '.join(missing)}")
-    rows, scaling, memory = (read_rows(f"quantizer{name}.csv") for name in ("", "_scaling", "_memory"))
+    rows, scaling, memory, fresh = map(read_rows, files)
     with atomic_path(RESULTS / "quantizer.png") as part:
         plot_shapes(rows, part)
     with atomic_path(RESULTS / "quantizer_scaling.png") as part:
         plot_scaling(scaling, part)
-    replace_table(MARKER, table(rows, scaling, memory))
+    replace_table(MARKER, table(rows, scaling, memory, fresh))
 
 
 if __name__ == "__main__":
