@@ -65,9 +65,15 @@ def speeds(quantizer: list[dict], recipe: list[dict], evaluate: list[dict], ladd
     shares = [100 * float(r["ratio"]) for r in evaluate if (r["device"], r["network"]) == ("cpu", "dynamic")]
     return [
         f"Exported files ({len(files)}, in onnxruntime): the torch network's top-1 class on {same:,} of {of:,} images.",
-        f"On the CPU, the activation quantizer's forward is {min(faster):.0f} to {max(faster):.0f} times as fast as Brevitas's "
-        f"dynamic one per tensor; zero-shot QAT {min(loops):.1f} to {max(loops):.1f} times as fast as the published loop; a "
-        f"dynamic network evaluates {min(shares):.0f} to {max(shares):.0f} % of the images per second of its float one."]
+        f"On the CPU, the activation quantizer's forward is {_span(faster, 0)} times as fast as Brevitas's dynamic one per tensor; "
+        f"zero-shot QAT {_span(loops, 1)} times as fast as the published loop; a dynamic network evaluates {_span(shares, 0)} % of "
+        f"the images per second of its float one."]
+
+
+def _span(values: list[float], digits: int) -> str:
+    """From the smallest to the largest; one number where they are rounded to the same."""
+    return " to ".join(dict.fromkeys(f"{v:.{digits}f}" for v in (min(values), max(values))))
+
 
 
 def current() -> str:
