@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = {str(p.relative_to(ROOT)): p.read_text(encoding="utf-8")
          for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+QUOTED = re.compile(r"\*\*`([^`]+)`\*\*")
 
 
 def prose(page: str) -> str:
@@ -24,8 +25,8 @@ def prose(page: str) -> str:
 
 
 def spans(page: str) -> list[str]:
-    """Inline code; it may go on in the next line."""
-    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
+    """Inline code, quoted messages left out; it may go on in the next line."""
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", QUOTED.sub("", prose(page)))]
 
 
 # --- commands
@@ -167,7 +168,7 @@ def strings_of(source: str) -> set[str]:
 
 
 def quoted(page: str) -> list[str]:
-    return [" ".join(message.split()) for message in re.findall(r"\*\*`([^`]+)`\*\*", prose(page))]
+    return [" ".join(message.split()) for message in QUOTED.findall(prose(page))]
 
 
 def is_said(message: str, strings: list[str]) -> bool:
