@@ -75,7 +75,6 @@ def _span(values: list[float], digits: int) -> str:
     return " to ".join(dict.fromkeys(f"{v:.{digits}f}" for v in (min(values), max(values))))
 
 
-
 def current() -> str:
     """The table of the results that are there."""
     return table(accuracies(), speeds(*(read(RESULTS / f"{name}.csv") for name in (
