@@ -8,6 +8,7 @@ Writes ``benchmarks/results/zero_shot.csv``, a log per run in ``benchmarks/resul
 is of the last epoch, on the whole test set.
 """
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -34,7 +35,8 @@ def row_of(run_dir: Path) -> dict:
     config = ZeroShotConfig.from_file(run_dir / "config.toml")
     weights, acts = run["weight_bit_width"], run["act_bit_width"]
     return dict(
-        network=run["network"], weights=run["weight_regime"], activations=run["activations"], bits=f"W{weights}A{acts}",
+        network=run["network"], weights=run["weight_regime"] + (", mse ranges" if run["weight_range_mode"] == "mse" else ""),
+        activations=run["activations"] + (", learned scales" if run["learned_scale"] else ""), bits=f"W{weights}A{acts}",
         float_top1=f"{run['float_top1']:.2f}", top1=f"{run['top1']:.2f}", retention=f"{run['top1'] / run['float_top1']:.4f}",
         test_images=run["test_images"], iterations=config.total_iterations, batch_size=config.batch_size,
         images="another run's" if run["images_sha256"] else "its generator's",
@@ -59,16 +61,19 @@ def table(rows: list[dict]) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Accuracy against the images that a student has learned from, a line per run with more than two evaluations."""
+    """Accuracy against iterations, a line per run with more than two evaluations."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for row, marker in zip((r for r in rows if len(accuracies(r)) > 2), "osD^vPX*"):
+    shown = [r for r in rows if len(accuracies(r)) > 2]
+    for row, marker, line in zip(shown, "osD^vPX*", itertools.cycle(("-", "--", ":"))):
         points = accuracies(row)
-        axis.plot(*zip(*points), marker=marker, markersize=4, linewidth=1.2,
-                  label=f"{row['network']}, {row['weights']}, {row['activations']}, {row['bits']}")
-    axis.set(xlabel="iterations", ylabel="test top-1, %", title="Zero-shot QAT: accuracy against iterations")
+        axis.plot(*zip(*points), marker=marker, markersize=4, linewidth=1.2, color="black", linestyle=line,
+                  label=f"{row['network']}, {row['bits']}, {row['weights']}, {row['activations']}: "
+                        f"{row['iterations']} x {row['batch_size']}")
+    axis.set(xscale="log", xlabel="iterations (log scale)", ylabel="test top-1, %",
+             title="Zero-shot QAT: accuracy against iterations")
     axis.grid(alpha=0.3)
     if axis.lines:
         axis.legend(fontsize=8)

@@ -183,7 +183,7 @@ def load_images(
         found = next((p for p in candidates if p.is_dir() and class_folders(p)), None)
         if found is not None:
             return read_folder(found, card.preprocessing, classes)
-    hint = "; --download fetches it" if dataset in _TORCHVISION else ""
+    hint = "; granq zoo evaluate NAME --download fetches it" if dataset in _TORCHVISION else ""
     raise FileNotFoundError(
         f"no {dataset} {split} images under {str(root)!r}; looked for: {', '.join(map(str, looked_for))}{hint}")
 

@@ -113,7 +113,7 @@ def test_an_interrupted_download_leaves_nothing(tmp_path, monkeypatch):
         with pytest.raises(expected):
             load_images(tmp_path, "cifar10", download=True)
         assert list(tmp_path.iterdir()) == []
-    with pytest.raises(FileNotFoundError, match="--download fetches it"):
+    with pytest.raises(FileNotFoundError, match="granq zoo evaluate NAME --download fetches it"):
         load_images(tmp_path, "cifar10")
 
 
