@@ -36,7 +36,8 @@ def row_of(run_dir: Path) -> dict:
     weights, acts = run["weight_bit_width"], run["act_bit_width"]
     return dict(
         network=run["network"], weights=run["weight_regime"] + (", mse ranges" if run["weight_range_mode"] == "mse" else ""),
-        activations=run["activations"] + (", learned scales" if run["learned_scale"] else ""), bits=f"W{weights}A{acts}",
+        activations=run["activations"] + (", learned scales" if run["learned_scale"] else "") + (
+            ", mse ranges" if run.get("act_range_mode") == "mse" else ""), bits=f"W{weights}A{acts}",
         float_top1=f"{run['float_top1']:.2f}", top1=f"{run['top1']:.2f}", retention=f"{run['top1'] / run['float_top1']:.4f}",
         test_images=run["test_images"], iterations=config.total_iterations, batch_size=config.batch_size,
         images="another run's" if run["images_sha256"] else "its generator's",

@@ -89,8 +89,8 @@ class GranQActPerChannelStatic(_UnsignedInt8, _HardTanhLimits, ActQuantSolver):
     frozen into the state dict. Unsigned with zero point 0 after a ReLU, otherwise asymmetric; symmetric with ``signed=True``.
     No shape arguments.
 
-    Options: those of :class:`GranQActPerChannel`, and ``signed``, ``narrow_range``, ``range_mode`` ("ema" or "minmax"),
-    ``momentum``, ``collect_stats_steps``, ``learned_scale``, ``sync_ranges``:
+    Options: those of :class:`GranQActPerChannel`, and ``signed``, ``narrow_range``, ``range_mode`` ("ema", "minmax", or "mse"
+    for ranges of least squared error), ``momentum``, ``collect_stats_steps``, ``learned_scale``, ``sync_ranges``:
     see :class:`~granq_plugin.core.static.StaticGranQ`.
 
     Examples:

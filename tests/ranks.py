@@ -65,7 +65,7 @@ def collect_all(rank: int | None) -> dict:
     ranges = {}
     for name, options in {
             "minmax": dict(range_mode="minmax"), "ema": dict(range_mode="ema", momentum=0.3),
-            "average": dict(range_mode="ema", momentum=None), "signed": dict(signed=True),
+            "average": dict(range_mode="ema", momentum=None), "signed": dict(signed=True), "mse": dict(range_mode="mse"),
             "not_synchronized": dict(range_mode="minmax", sync_ranges=False)}.items():
         act = qnn.QuantIdentity(GranQActPerChannelStatic, bit_width=4, **options)
         for x in batches():

@@ -22,7 +22,7 @@ std = [0.5, 0.5, 0.5]
 KINDS = [Quantization(3, 3), Quantization(4, 4, "per-kernel"), Quantization(2, 4, "per-output-channel-symmetric"),
          Quantization(5, 4, activations="static"),
          Quantization(3, 4, activations="static", learned_scale=True, weight_range_mode="mse"),
-         Quantization(3, 4, "per-output-channel-symmetric", "folded", weight_range_mode="mse")]
+         Quantization(3, 4, "per-output-channel-symmetric", "folded", weight_range_mode="mse", act_range_mode="mse")]
 
 
 def trained(quantization, seed=0):

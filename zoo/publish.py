@@ -157,6 +157,7 @@ def _student_entry(folder: Path, name: str | None, license: str | None):
     options += [f"--activations {quantization.activations} --weight-regime {quantization.weight_regime}"]
     options += ["--learned-scale"] if quantization.learned_scale else []
     options += [] if quantization.weight_range_mode == "minmax" else [f"--weight-range {quantization.weight_range_mode}"]
+    options += [] if quantization.act_range_mode == "ema" else [f"--act-range {quantization.act_range_mode}"]
     options += [f"--config configs/{name}.toml --weights FILE"] + (["--images FILE"] if run.get("images_sha256") else [])
     command = f"granq qat {base.name} {' '.join(options)} --out RUN_DIR"
     training = Training(epochs, _entry(run, "version", str), f"logs/{name}.csv", f"configs/{name}.toml")

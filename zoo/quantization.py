@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the command line reads this file without torch
     from torch import Tensor, nn
 
-__all__ = ["ACTIVATIONS", "WEIGHT_RANGE_MODES", "WEIGHT_REGIMES", "Quantization"]
+__all__ = ["ACTIVATIONS", "ACT_RANGE_MODES", "WEIGHT_RANGE_MODES", "WEIGHT_REGIMES", "Quantization"]
 
 WEIGHT_REGIMES = {
     "per-output-channel": "GranQWeightPerChannel",
@@ -18,6 +18,7 @@ WEIGHT_REGIMES = {
 }
 ACTIVATIONS = ("dynamic", "static", "folded")
 WEIGHT_RANGE_MODES = ("minmax", "mse")
+ACT_RANGE_MODES = ("ema", "minmax", "mse")
 _SUFFIXES = {"per-output-channel": "", "per-output-channel-symmetric": "_symmetric", "per-kernel": "_per_kernel"}
 
 
@@ -31,6 +32,7 @@ class Quantization:
             pools, weights quantized after multiplication with the scales (for FINN; ``granq_plugin.deploy``).
         learned_scale: static scales go on learning once they are frozen.
         weight_range_mode: "minmax" (the paper), or "mse": ranges of least squared error; not with per-kernel weights.
+        act_range_mode: how static ranges are collected: "ema", "minmax", or "mse", of least squared error.
 
     Raises:
         TypeError, ValueError: at construction, naming the field, the value and what is allowed.
@@ -41,10 +43,12 @@ class Quantization:
     activations: str = "dynamic"
     learned_scale: bool = False
     weight_range_mode: str = "minmax"
+    act_range_mode: str = "ema"
 
     def __post_init__(self) -> None:
         for name, allowed in (
-                ("weight_regime", tuple(WEIGHT_REGIMES)), ("activations", ACTIVATIONS), ("weight_range_mode", WEIGHT_RANGE_MODES)):
+                ("weight_regime", tuple(WEIGHT_REGIMES)), ("activations", ACTIVATIONS), ("weight_range_mode", WEIGHT_RANGE_MODES),
+                ("act_range_mode", ACT_RANGE_MODES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("weight_bit_width", "act_bit_width"):
@@ -54,6 +58,8 @@ class Quantization:
             raise TypeError(f"learned_scale must be true or false, got {self.learned_scale!r}")
         if self.learned_scale and self.activations != "static":
             raise ValueError(f"learned_scale needs static activations, got {self.activations}")
+        if self.act_range_mode != "ema" and self.activations == "dynamic":
+            raise ValueError(f"dynamic activations collect no ranges, got act_range_mode={self.act_range_mode!r}")
         if self.weight_range_mode != "minmax" and self.weight_regime == "per-kernel":
             raise ValueError(f"per-kernel weights have minmax ranges, got weight_range_mode={self.weight_range_mode!r}")
         if self.activations == "folded" and self.weight_regime != "per-output-channel-symmetric":
@@ -72,9 +78,11 @@ class Quantization:
         always symmetric.
         """
         regime = "" if self.activations == "folded" else _SUFFIXES[self.weight_regime]
+        weights = "" if self.weight_range_mode == "minmax" else f"_weight_{self.weight_range_mode}"
         activations = "" if self.activations == "dynamic" else f"_{self.activations}"
         learned = "_learned" if self.learned_scale else ""
-        return f"granq_{self.bits.lower()}{regime}{activations}{learned}{'_mse' if self.weight_range_mode == 'mse' else ''}"
+        ranges = "" if self.act_range_mode == "ema" else f"_{self.act_range_mode}"
+        return f"granq_{self.bits.lower()}{regime}{weights}{activations}{learned}{ranges}"
 
     @property
     def weight_quant(self):
@@ -82,6 +90,14 @@ class Quantization:
         import granq_plugin as gq
         quant = getattr(gq, WEIGHT_REGIMES[self.weight_regime])
         return quant if self.weight_range_mode == "minmax" else quant.let(range_mode=self.weight_range_mode)
+
+    @property
+    def act_quant(self):
+        """The activation quantizer's injector; of folded activations that of the static network that is folded."""
+        import granq_plugin as gq
+        if self.activations == "dynamic":
+            return gq.GranQActPerChannel
+        return gq.GranQActPerChannelStatic.let(learned_scale=self.learned_scale, range_mode=self.act_range_mode)
 
     def build(
             self, teacher: nn.Module, example_input: Tensor,
@@ -96,11 +112,8 @@ class Quantization:
         """
         import granq_plugin as gq
         if self.activations != "folded":
-            act_quant = gq.GranQActPerChannel
-            if self.activations == "static":
-                act_quant = gq.GranQActPerChannelStatic.let(learned_scale=self.learned_scale)
             return gq.quantize(
-                teacher, self.weight_bit_width, self.act_bit_width, weight_quant=self.weight_quant, act_quant=act_quant)
+                teacher, self.weight_bit_width, self.act_bit_width, weight_quant=self.weight_quant, act_quant=self.act_quant)
         if calibrate is None:
             raise ValueError("folded activations need ranges first: images of another run, or calibration data")
         from granq_plugin.deploy import fold
@@ -127,11 +140,10 @@ class Quantization:
 
     def prepared(self, teacher: nn.Module, example_input: Tensor) -> nn.Module:
         """With folded activations: the static network that is calibrated, then folded."""
-        import granq_plugin as gq
         from granq_plugin.deploy import prepare
         return prepare(
             _deployable(teacher), example_input, self.weight_bit_width, self.act_bit_width,
-            weight_quant=self.weight_quant, act_quant=gq.GranQActPerChannelStatic)
+            weight_quant=self.weight_quant, act_quant=self.act_quant)
 
 
 def _deployable(teacher: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from granq_plugin.cli.options import (
     open_device,
     settings_from,
 )
-from zoo.quantization import ACTIVATIONS, WEIGHT_RANGE_MODES, WEIGHT_REGIMES, Quantization
+from zoo.quantization import ACT_RANGE_MODES, ACTIVATIONS, WEIGHT_RANGE_MODES, WEIGHT_REGIMES, Quantization
 
 __all__ = ["qat"]
 
@@ -43,6 +43,8 @@ def _settings_text() -> str:
               "with folded activations per-output-channel-symmetric].")
 @click.option("--weight-range", type=click.Choice(WEIGHT_RANGE_MODES), default="minmax", show_default=True,
               help="Ranges of the weights: minmax, the paper's, or mse, of least squared error, which clips outliers.")
+@click.option("--act-range", type=click.Choice(ACT_RANGE_MODES), default="ema", show_default=True,
+              help="Ranges of static and folded activations: ema, minmax, or mse, of least squared error, which clips outliers.")
 @click.option("--learned-scale", is_flag=True, help="With static activations: frozen scales go on learning.")
 @click.option("--preset", "preset_name", metavar="NAME", shell_complete=complete_presets,
               help="Named settings  [default: the card's, or the data set's fast ones].")
@@ -60,8 +62,8 @@ def _settings_text() -> str:
 @click.option("--device", default="cpu", show_default=True, help="torch device; under torchrun, cuda means each rank's own.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's].")
 @click.option("--tensorboard", is_flag=True, help="Also write metrics for TensorBoard to RUN_DIR/tensorboard.")
-def qat(name, out, weights, dataset, weight_bits, act_bits, activations, weight_regime, weight_range, learned_scale, preset_name,
-        config_file, assignments, images_file, data, evaluate_every, resume, device, threads, tensorboard) -> None:
+def qat(name, out, weights, dataset, weight_bits, act_bits, activations, weight_regime, weight_range, act_range, learned_scale,
+        preset_name, config_file, assignments, images_file, data, evaluate_every, resume, device, threads, tensorboard) -> None:
     """Train a low-bit network without data: a generator invents images, the float network teaches.
 
     NAME is a float zoo entry, a card file PATH.toml, or module:function of your own.
@@ -75,7 +77,7 @@ def qat(name, out, weights, dataset, weight_bits, act_bits, activations, weight_
     """
     with input_errors():
         regime = weight_regime or ("per-output-channel-symmetric" if activations == "folded" else "per-output-channel")
-        quantization = Quantization(weight_bits, act_bits, regime, activations, learned_scale, weight_range)
+        quantization = Quantization(weight_bits, act_bits, regime, activations, learned_scale, weight_range, act_range)
         card = open_card(name, dataset)
     if activations == "folded" and images_file is None:
         raise click.UsageError("--activations folded needs --images FILE, for ranges to fold: those of a run with memory_size")

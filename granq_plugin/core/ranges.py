@@ -9,10 +9,13 @@ from brevitas import config
 from torch import Tensor, nn
 
 from granq_plugin import functional as GF
+from granq_plugin import kernels
+from granq_plugin.core.least_squares import errors_of_shares, least_error_range
 
 __all__ = ["CollectedRange", "DynamicRange"]
 
-RANGE_MODES = ("ema", "minmax")
+RANGE_MODES = ("ema", "minmax", "mse")
+_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # of a batch's range, which "mse" tries
 
 
 class DynamicRange(nn.Module):
@@ -29,8 +32,9 @@ class CollectedRange(nn.Module):
     of batches, frozen or not) is saved, so that a run resumes in the middle of collecting.
 
     Args:
-        range_mode, momentum, collect_stats_steps, channel_axis, sync_ranges: see
+        range_mode, momentum, collect_stats_steps, channel_axis, sync_ranges, signed, narrow_range: see
             :class:`~granq_plugin.core.static.StaticGranQ`.
+        bit_width: for which "mse" seeks ranges; the other modes do not look at it.
     """
 
     def __init__(
@@ -39,7 +43,10 @@ class CollectedRange(nn.Module):
             momentum: float | None = 0.1,
             collect_stats_steps: int = 300,
             channel_axis: int = 1,
-            sync_ranges: bool = True) -> None:
+            sync_ranges: bool = True,
+            bit_width: int = 8,
+            signed: bool = False,
+            narrow_range: bool = False) -> None:
         super().__init__()
         if range_mode not in RANGE_MODES:
             raise ValueError(f"range_mode must be one of {', '.join(RANGE_MODES)}, got {range_mode!r}")
@@ -52,6 +59,7 @@ class CollectedRange(nn.Module):
         self.collect_stats_steps = collect_stats_steps
         self.channel_axis = channel_axis
         self.sync_ranges = sync_ranges
+        self.bit_width, self.signed, self.narrow_range = bit_width, signed, narrow_range
         self.counter = 0
         self.frozen = False
         self.register_buffer("running_min", torch.empty(0))
@@ -123,6 +131,8 @@ class CollectedRange(nn.Module):
             ends = torch.stack([-lo, hi])
             dist.all_reduce(ends, op=dist.ReduceOp.MAX)
             lo, hi = -ends[0], ends[1]
+        if self.range_mode == "mse":
+            lo, hi = self._least_error(x, lo, hi, distributed)
         if not self.has_ranges:
             self._resize(lo.shape)
             self.running_min.copy_(lo)
@@ -137,6 +147,19 @@ class CollectedRange(nn.Module):
                 self.running_min.lerp_(lo, weight)
                 self.running_max.lerp_(hi, weight)
         self.counter += 1
+
+    def _least_error(self, x: Tensor, lo: Tensor, hi: Tensor, distributed: bool) -> tuple[Tensor, Tensor]:
+        axis = self.channel_axis % x.dim() if x.dim() > 1 else 0
+        bit_width = GF.check_bit_width(self.bit_width)
+        limits = GF.integer_limits(bit_width, self.signed, self.narrow_range)
+
+        def quantize(x, lo, hi):
+            return kernels.affine_quantize(x, *GF.affine_params(lo, hi, bit_width, self.signed), limits, axis)
+
+        errors = errors_of_shares(x.to(lo.dtype), lo, hi, _SHARES, quantize, [d for d in range(x.dim()) if d != axis])
+        if distributed:
+            dist.all_reduce(errors)
+        return least_error_range(lo, hi, _SHARES, errors)
 
     def _resize(self, shape) -> None:
         for buffer in (self.running_min, self.running_max):

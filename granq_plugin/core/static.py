@@ -45,7 +45,9 @@ class StaticGranQ(GranQBase):
     Args:
         int_quant, int_scaling_impl, bit_width: see :class:`~granq_plugin.core.base.GranQBase`.
         scaling_impl: the :class:`~granq_plugin.core.ranges.CollectedRange`, made from these options:
-            range_mode: "ema" (moving average of the batches' ranges) or "minmax" (their union);
+            range_mode: "ema" (moving average of the batches' ranges), "minmax" (their union), or "mse" (moving average of the
+            shares of the batches' ranges, from 0.2 to 1, that have the least squared error at this bit width: at few bits the
+            outermost values cost the others more than they are worth);
             momentum: weight of the newest batch in the EMA, in (0, 1]; None: plain average of all batches;
             collect_stats_steps: batches to collect in training mode before freezing, at least 1;
             sync_ranges: under torch.distributed, collect over the batches of all ranks, so that ranges stay equal; all ranks

@@ -7,11 +7,12 @@ from granq_plugin import functional as GF
 from granq_plugin import kernels
 from granq_plugin.core.base import GranQBase
 from granq_plugin.core.int_quant import clamps_straight_through, has_stock_arithmetic
+from granq_plugin.core.least_squares import errors_of_shares, least_error_range
 
 __all__ = ["MinMaxWeightQuant", "PerKernelGranQ"]
 
 RANGE_MODES = ("minmax", "mse")
-_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the min/max range, which "mse" tries besides all of it
+_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the min/max range, which "mse" tries
 
 
 class MinMaxWeightQuant(GranQBase):
@@ -54,9 +55,12 @@ class MinMaxWeightQuant(GranQBase):
         axes = [d for d in range(x.dim()) if d != self.output_channel_dim % x.dim()]
         w = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         lo, hi = w.amin(axes, keepdim=True), w.amax(axes, keepdim=True)
-        scale, zero_point = GF.affine_params(lo, hi, self.bit_width, self.signed)
         if self.range_mode == "mse":
-            scale, zero_point = self._least_error(w, lo, hi, scale, zero_point, axes)
+            def quantize(w, lo, hi):
+                return self._quantize(w, *GF.affine_params(lo, hi, self.bit_width, self.signed))
+
+            lo, hi = least_error_range(lo, hi, _SHARES, errors_of_shares(w, lo, hi, _SHARES, quantize, axes))
+        scale, zero_point = GF.affine_params(lo, hi, self.bit_width, self.signed)
         if has_stock_arithmetic(self.int_quant):
             return self._quantize(x, scale, zero_point), scale, zero_point, bit_width
         if clamps_straight_through(self.int_quant):
@@ -67,20 +71,6 @@ class MinMaxWeightQuant(GranQBase):
     def _quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         limits = GF.integer_limits(self.bit_width, self.signed, self.int_quant.narrow_range)
         return kernels.affine_quantize(x, scale, zero_point, limits, self.output_channel_dim)
-
-    def _least_error(
-            self, w: Tensor, lo: Tensor, hi: Tensor, scale: Tensor, zero_point: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
-        def error(scale, zero_point):
-            return (self._quantize(w, scale, zero_point) - w).square_().sum(axes, keepdim=True)
-
-        least = error(scale, zero_point)
-        for share in _SHARES:
-            trial = GF.affine_params(share * lo, share * hi, self.bit_width, self.signed)
-            trial_error = error(*trial)
-            better = trial_error < least  # never for a NaN
-            scale, zero_point = torch.where(better, trial[0], scale), torch.where(better, trial[1], zero_point)
-            least = torch.where(better, trial_error, least)
-        return scale, zero_point
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -88,6 +88,34 @@ class TestCollecting:
             tolerance = 1e-6 * np.abs(ends).max(0)  # of float32, on what was averaged
             assert (np.abs(actual.numpy() - expected) <= tolerance).all()
 
+    @pytest.mark.parametrize("symmetric", [False, True])
+    @given(batches(), st.integers(2, 8))
+    def test_mse_averages_the_shares_of_least_error(self, symmetric, drawn, bit_width):
+        """Of each batch and channel: of the shares 1, 0.9 ... 0.2 of its range one that is as good as the one numpy finds."""
+        xs, axis = drawn
+        act = identity(range_mode="mse", channel_axis=axis, bit_width=bit_width, signed=symmetric, narrow_range=symmetric)
+        others = tuple(d for d in range(xs[0].ndim) if d != axis % xs[0].ndim)
+        ends = []
+        for x in xs:
+            alone = identity(range_mode="mse", channel_axis=axis, bit_width=bit_width, signed=symmetric, narrow_range=symmetric)
+            alone(torch.from_numpy(x))
+            act(torch.from_numpy(x))
+            lo, hi = (end.numpy() for end in collector(alone).ends())
+            errors = []
+            for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2):
+                tried = [np.float32(share) * end for end in oracles.ranges(x, axis)]
+                y = oracles.affine_quantize(x, *tried, bit_width, symmetric, symmetric)
+                errors.append(((y.astype(np.float64) - x)**2).sum(others, keepdims=True))
+            actual = oracles.affine_quantize(x, lo, hi, bit_width, symmetric, symmetric)
+            actual = ((actual.astype(np.float64) - x)**2).sum(others, keepdims=True)
+            np.testing.assert_allclose(actual, np.min(errors, 0), rtol=1e-4, atol=1e-30)
+            ends.append((lo, hi))
+        for running, of_batches in zip(collector(act).ends(), zip(*ends)):
+            expected = of_batches[0].astype(np.float64)
+            for end in of_batches[1:]:
+                expected = 0.9 * expected + 0.1 * end
+            assert (np.abs(running.numpy() - expected) <= 1e-6 * np.abs(of_batches).max(0)).all()
+
     @given(batches(), st.sampled_from(["ema", "minmax"]))
     def test_calibration_mode_averages_or_unites(self, drawn, range_mode):
         xs, axis = drawn
@@ -232,7 +260,7 @@ class TestCollecting:
 class TestErrors:
 
     @pytest.mark.parametrize("options, message", [
-        (dict(range_mode="median"), "range_mode must be one of ema, minmax, got 'median'"),
+        (dict(range_mode="median"), "range_mode must be one of ema, minmax, mse, got 'median'"),
         (dict(momentum=0), "momentum .*got 0"), (dict(momentum=1.5), "momentum .*got 1.5"),
         (dict(momentum=math.nan), "momentum .*got nan"),
         (dict(collect_stats_steps=0), "collect_stats_steps must be at least 1, got 0"),
@@ -295,7 +323,7 @@ class TestErrors:
 
 class TestState:
 
-    @pytest.mark.parametrize("range_mode, momentum", [("ema", 0.1), ("ema", None), ("minmax", 0.1)])
+    @pytest.mark.parametrize("range_mode, momentum", [("ema", 0.1), ("ema", None), ("minmax", 0.1), ("mse", 0.1)])
     @pytest.mark.parametrize("learned_scale", [False, True])
     def test_resumes_in_the_middle_of_collecting(self, range_mode, momentum, learned_scale):
         options = dict(

@@ -112,6 +112,8 @@ def test_only_folded_runs_have_a_network_before_folding(runs):
     (dict(activations="fixed"), "activations must be one of dynamic, static, folded, got 'fixed'"),
     (dict(learned_scale=True), "learned_scale needs static activations, got dynamic"),
     (dict(weight_range_mode="max"), "weight_range_mode must be one of minmax, mse, got 'max'"),
+    (dict(activations="static", act_range_mode="max"), "act_range_mode must be one of ema, minmax, mse, got 'max'"),
+    (dict(act_range_mode="mse"), "dynamic activations collect no ranges, got act_range_mode='mse'"),
     (dict(weight_regime="per-kernel", weight_range_mode="mse"), "per-kernel weights have minmax ranges"),
     (dict(activations="folded"), "folded activations need per-output-channel-symmetric weights"),
 ])
