@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.mutations import BOMBS, CANARY, MUTATIONS
+from benchmarks.mutated_tensors import CANARY
+from benchmarks.mutations import BOMBS, MUTATIONS
 
 __all__ = ["FEW", "Format", "Outcome", "Prey", "formats", "judge", "tries"]
 
