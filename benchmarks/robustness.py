@@ -176,6 +176,7 @@ def main(mutations: int, faults: int, seed: int, only: tuple[str, ...], keep: Pa
         raise click.ClickException("memory is measured, and faults are injected, by means of Linux")
     import torch
     torch.set_num_threads(1)
+    os.environ.pop("GRANQ_DATA", None)  # commands see the files that are made here, and no others
     here = Path.cwd()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
