@@ -95,7 +95,7 @@ def start(args: list[str], log: Path, before: Callable[[], None] | None = None) 
         os._exit(code)
 
 
-def ended(pid: int, seconds: float = 120) -> int:
+def ended(pid: int, seconds: float = 600) -> int:
     """Its exit code, or minus the signal; a process that does not end is killed: -9."""
     limit = time.monotonic() + seconds
     while time.monotonic() < limit:
