@@ -8,8 +8,8 @@
   with ``--resume`` where there is one, must leave what an uninterrupted one leaves, bit for bit.
 - determinism: the same command in two processes, on one thread and on two.
 
-Writes ``benchmarks/results/robustness_{files,faults,determinism}.csv`` and the table in the README; exit code 1 if anything is
-found. What was found is told on stderr, and its file kept with --keep DIR.
+Writes ``benchmarks/results/robustness_{files,faults,determinism}.csv``, row by row, and at the end the table in docs/results.md;
+exit code 1 if anything is found. What was found is told on stderr, and its file kept with --keep DIR.
 """
 
 import os
@@ -37,7 +37,7 @@ DETERMINISM = ("command", "threads", "processes", "equal", "equal_to_one_thread"
 PARTS = ("files", "faults", "determinism")
 
 
-def try_files(folder: Path, count: int, seed: int, keep: Path | None) -> list[dict]:
+def try_files(folder: Path, count: int, seed: int, keep: Path | None) -> None:
     """A row per format."""
     rows, prey = [], Prey(folder)
     for of in formats(folder):
@@ -66,9 +66,9 @@ def try_files(folder: Path, count: int, seed: int, keep: Path | None) -> list[di
         rows.append(dict(
             file=of.name, read_by=" ".join(of.command[:1 + (of.command[0] == "zoo")]), tried=total, errors=outcomes["error"],
             reads=outcomes["read"], other=total - outcomes["error"] - outcomes["read"], memory_mb=round(memory / 1e6), seed=seed))
+        write(RESULTS / "robustness_files.csv", FILES, rows)
         click.echo(f"{of.name}: {dict(outcomes)}, {memory / 1e6:.0f} MB, {time.perf_counter() - start:.0f} s", err=True)
     prey.close()
-    return rows
 
 
 def references(folder: Path) -> dict[str, tuple[dict, float]]:
@@ -84,7 +84,7 @@ def references(folder: Path) -> dict[str, tuple[dict, float]]:
     return found
 
 
-def try_faults(folder: Path, count: int, seed: int) -> list[dict]:
+def try_faults(folder: Path, count: int, seed: int) -> None:
     """A row per kind of fault and command."""
     rows, whole = [], references(folder)
     mounts = injected.can_mount(folder / "probe")
@@ -114,11 +114,11 @@ def try_faults(folder: Path, count: int, seed: int) -> list[dict]:
             how = {"full disk": "tmpfs of 4 to 160 kB" if mounts else "RLIMIT_FSIZE", "read-only folder": "tmpfs, remounted",
                    "two runs in one folder": "lock"}.get(kind, "")
             rows.append(dict(fault=kind, command=name, how=how, seed=seed, **{k: counts[k] for k in FAULTS[2:7]}))
+            write(RESULTS / "robustness_faults.csv", FAULTS, rows)
             click.echo(f"{kind}, {name}: {dict(counts)}", err=True)
-    return rows
 
 
-def try_determinism(folder: Path) -> list[dict]:
+def try_determinism(folder: Path) -> None:
     """The same command in fresh processes."""
     rows = []
     for name in ("qat", "train-teacher", "evaluate", "export"):
@@ -136,10 +136,10 @@ def try_determinism(folder: Path) -> list[dict]:
             first = first or found[0]
             rows.append(dict(command=name, threads=threads, processes=2, equal=int(found[0] == found[1]),
                              equal_to_one_thread=int(found[0] == first)))
+            write(RESULTS / "robustness_determinism.csv", DETERMINISM, rows)
             click.echo(rows[-1], err=True)
             if "--threads=1" not in command.args:  # it takes no number of threads
                 break
-    return rows
 
 
 def table() -> str:
@@ -183,13 +183,13 @@ def main(mutations: int, faults: int, seed: int, only: tuple[str, ...], keep: Pa
         try:
             parts = only or PARTS
             if "files" in parts:
-                write(RESULTS / "robustness_files.csv", FILES, try_files(folder / "files", mutations, seed, keep and here / keep))
+                try_files(folder / "files", mutations, seed, keep and here / keep)
             if parts != ("files", ):
                 formats(folder / "valid")  # changes into it
             if "faults" in parts:
-                write(RESULTS / "robustness_faults.csv", FAULTS, try_faults(folder, faults, seed))
+                try_faults(folder, faults, seed)
             if "determinism" in parts:
-                write(RESULTS / "robustness_determinism.csv", DETERMINISM, try_determinism(folder))
+                try_determinism(folder)
         finally:
             os.chdir(here)
     replace_table(MARKER, table())
