@@ -99,7 +99,8 @@ def try_faults(folder: Path, count: int, seed: int) -> None:
                 out = folder / "whole" / "ranks"
                 out.mkdir(parents=True)
                 if any(injected.run_ranks(command, out)):
-                    raise RuntimeError("granq qat does not run on two ranks")
+                    said = [injected.last_line(out.with_suffix(f".rank{r}")) for r in range(2)]
+                    raise RuntimeError(f"granq qat does not run on two ranks: {said}")
                 expected = injected.digests(out)
             rng, counts = random.Random(f"{seed} {kind} {name}"), Counter()
             for i in range(count if command.resumes else -(-count // 2)):
