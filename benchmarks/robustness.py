@@ -171,8 +171,12 @@ def table() -> str:
               help="Of each kind and command; half as many of commands that do not resume.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--only", type=click.Choice(PARTS), multiple=True, help="One part; the other tables stay.")
+@click.option("--table-only", is_flag=True, help="Run nothing; write the table of the rows there are.")
 @click.option("--keep", type=click.Path(path_type=Path), metavar="DIR", help="Keep files whose outcome is neither error nor read.")
-def main(mutations: int, faults: int, seed: int, only: tuple[str, ...], keep: Path | None) -> None:
+def main(mutations: int, faults: int, seed: int, only: tuple[str, ...], table_only: bool, keep: Path | None) -> None:
+    if table_only:
+        replace_table(MARKER, table())
+        return
     if platform.system() != "Linux":
         raise click.ClickException("memory is measured, and faults are injected, by means of Linux")
     import torch
