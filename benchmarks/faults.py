@@ -65,12 +65,18 @@ class Tried:
 
 
 def start(args: list[str], log: Path, before: Callable[[], None] | None = None) -> int:
-    """Fork a process that runs ``granq`` and writes what it says to ``log``; its id."""
+    """Fork a process that runs ``granq`` and writes what it says to ``log``; its id, once the command has been entered."""
+    from granq_plugin.__main__ import main
+    ready, entered = os.pipe()
     pid = os.fork()
     if pid:
+        os.close(entered)
+        os.read(ready, 1)
+        os.close(ready)
         return pid
     code = 70
     try:
+        os.close(ready)
         os.setpgid(0, 0)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -81,7 +87,7 @@ def start(args: list[str], log: Path, before: Callable[[], None] | None = None) 
         sys.argv = ["granq", *args]
         if before:
             before()
-        from granq_plugin.__main__ import main
+        os.close(entered)
         main()
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else 1
@@ -95,7 +101,7 @@ def start(args: list[str], log: Path, before: Callable[[], None] | None = None) 
         os._exit(code)
 
 
-def ended(pid: int, seconds: float = 120) -> int:
+def ended(pid: int, seconds: float = 600) -> int:
     """Its exit code, or minus the signal; a process that does not end is killed: -9."""
     limit = time.monotonic() + seconds
     while time.monotonic() < limit:

@@ -12,13 +12,15 @@ import random
 import re
 import shutil
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.mutations import BOMBS, CANARY, MUTATIONS
+from benchmarks.mutated_tensors import CANARY
+from benchmarks.mutations import BOMBS, MUTATIONS
 
 __all__ = ["FEW", "Format", "Outcome", "Prey", "formats", "judge", "tries"]
 
@@ -95,7 +97,10 @@ def judge(outcome: Outcome, of: Format) -> str:
 
 
 class Prey:
-    """A forked process that runs commands in ``folder``; a new one takes its place when it dies or hangs."""
+    """A forked process that runs commands in ``folder``; a new one takes its place when it dies or hangs.
+
+    A command hangs that has computed for so many seconds, or not ended in twenty times as many: beside other work a process waits.
+    """
 
     def __init__(self, folder: Path, seconds: float = 30) -> None:
         self.folder, self.seconds, self._process, self._serve = folder, seconds, None, _serve
@@ -109,8 +114,10 @@ class Prey:
             theirs.close()
         try:
             self._pipe.send(args)
-            if self._pipe.poll(self.seconds):
-                return self._pipe.recv()
+            start, limit = time.monotonic(), _cpu_seconds(self._process.pid) + self.seconds
+            while time.monotonic() < start + 20 * self.seconds and _cpu_seconds(self._process.pid) < limit:
+                if self._pipe.poll(1):
+                    return self._pipe.recv()
         except (EOFError, ConnectionError):
             self._process.join()
             return Outcome(None, f"died of exit code {self._process.exitcode}")
@@ -122,6 +129,15 @@ class Prey:
             self._process.kill()
             self._process.join()
             self._process = None
+
+
+def _cpu_seconds(pid: int) -> float:
+    """That a process has computed, in all its threads; of one that has gone, none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _serve(folder: Path, pipe) -> None:

@@ -8,8 +8,8 @@
   with ``--resume`` where there is one, must leave what an uninterrupted one leaves, bit for bit.
 - determinism: the same command in two processes, on one thread and on two.
 
-Writes ``benchmarks/results/robustness_{files,faults,determinism}.csv`` and the table in the README; exit code 1 if anything is
-found. What was found is told on stderr, and its file kept with --keep DIR.
+Writes ``benchmarks/results/robustness_{files,faults,determinism}.csv``, row by row, and at the end the table in docs/results.md;
+exit code 1 if anything is found. What was found is told on stderr, and its file kept with --keep DIR.
 """
 
 import os
@@ -37,7 +37,7 @@ DETERMINISM = ("command", "threads", "processes", "equal", "equal_to_one_thread"
 PARTS = ("files", "faults", "determinism")
 
 
-def try_files(folder: Path, count: int, seed: int, keep: Path | None) -> list[dict]:
+def try_files(folder: Path, count: int, seed: int, keep: Path | None) -> None:
     """A row per format."""
     rows, prey = [], Prey(folder)
     for of in formats(folder):
@@ -66,9 +66,9 @@ def try_files(folder: Path, count: int, seed: int, keep: Path | None) -> list[di
         rows.append(dict(
             file=of.name, read_by=" ".join(of.command[:1 + (of.command[0] == "zoo")]), tried=total, errors=outcomes["error"],
             reads=outcomes["read"], other=total - outcomes["error"] - outcomes["read"], memory_mb=round(memory / 1e6), seed=seed))
+        write(RESULTS / "robustness_files.csv", FILES, rows)
         click.echo(f"{of.name}: {dict(outcomes)}, {memory / 1e6:.0f} MB, {time.perf_counter() - start:.0f} s", err=True)
     prey.close()
-    return rows
 
 
 def references(folder: Path) -> dict[str, tuple[dict, float]]:
@@ -84,7 +84,7 @@ def references(folder: Path) -> dict[str, tuple[dict, float]]:
     return found
 
 
-def try_faults(folder: Path, count: int, seed: int) -> list[dict]:
+def try_faults(folder: Path, count: int, seed: int) -> None:
     """A row per kind of fault and command."""
     rows, whole = [], references(folder)
     mounts = injected.can_mount(folder / "probe")
@@ -99,7 +99,8 @@ def try_faults(folder: Path, count: int, seed: int) -> list[dict]:
                 out = folder / "whole" / "ranks"
                 out.mkdir(parents=True)
                 if any(injected.run_ranks(command, out)):
-                    raise RuntimeError("granq qat does not run on two ranks")
+                    said = [injected.last_line(out.with_suffix(f".rank{r}")) for r in range(2)]
+                    raise RuntimeError(f"granq qat does not run on two ranks: {said}")
                 expected = injected.digests(out)
             rng, counts = random.Random(f"{seed} {kind} {name}"), Counter()
             for i in range(count if command.resumes else -(-count // 2)):
@@ -114,11 +115,11 @@ def try_faults(folder: Path, count: int, seed: int) -> list[dict]:
             how = {"full disk": "tmpfs of 4 to 160 kB" if mounts else "RLIMIT_FSIZE", "read-only folder": "tmpfs, remounted",
                    "two runs in one folder": "lock"}.get(kind, "")
             rows.append(dict(fault=kind, command=name, how=how, seed=seed, **{k: counts[k] for k in FAULTS[2:7]}))
+            write(RESULTS / "robustness_faults.csv", FAULTS, rows)
             click.echo(f"{kind}, {name}: {dict(counts)}", err=True)
-    return rows
 
 
-def try_determinism(folder: Path) -> list[dict]:
+def try_determinism(folder: Path) -> None:
     """The same command in fresh processes."""
     rows = []
     for name in ("qat", "train-teacher", "evaluate", "export"):
@@ -136,10 +137,10 @@ def try_determinism(folder: Path) -> list[dict]:
             first = first or found[0]
             rows.append(dict(command=name, threads=threads, processes=2, equal=int(found[0] == found[1]),
                              equal_to_one_thread=int(found[0] == first)))
+            write(RESULTS / "robustness_determinism.csv", DETERMINISM, rows)
             click.echo(rows[-1], err=True)
             if "--threads=1" not in command.args:  # it takes no number of threads
                 break
-    return rows
 
 
 def table() -> str:
@@ -170,25 +171,30 @@ def table() -> str:
               help="Of each kind and command; half as many of commands that do not resume.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--only", type=click.Choice(PARTS), multiple=True, help="One part; the other tables stay.")
+@click.option("--table-only", is_flag=True, help="Run nothing; write the table of the rows there are.")
 @click.option("--keep", type=click.Path(path_type=Path), metavar="DIR", help="Keep files whose outcome is neither error nor read.")
-def main(mutations: int, faults: int, seed: int, only: tuple[str, ...], keep: Path | None) -> None:
+def main(mutations: int, faults: int, seed: int, only: tuple[str, ...], table_only: bool, keep: Path | None) -> None:
+    if table_only:
+        replace_table(MARKER, table())
+        return
     if platform.system() != "Linux":
         raise click.ClickException("memory is measured, and faults are injected, by means of Linux")
     import torch
     torch.set_num_threads(1)
+    os.environ.pop("GRANQ_DATA", None)  # commands see the files that are made here, and no others
     here = Path.cwd()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
         try:
             parts = only or PARTS
             if "files" in parts:
-                write(RESULTS / "robustness_files.csv", FILES, try_files(folder / "files", mutations, seed, keep and here / keep))
+                try_files(folder / "files", mutations, seed, keep and here / keep)
             if parts != ("files", ):
                 formats(folder / "valid")  # changes into it
             if "faults" in parts:
-                write(RESULTS / "robustness_faults.csv", FAULTS, try_faults(folder, faults, seed))
+                try_faults(folder, faults, seed)
             if "determinism" in parts:
-                write(RESULTS / "robustness_determinism.csv", DETERMINISM, try_determinism(folder))
+                try_determinism(folder)
         finally:
             os.chdir(here)
     replace_table(MARKER, table())

@@ -12,6 +12,7 @@ import oracles
 from granq_plugin import GranQActPerChannel, GranQActPerChannelStatic, GranQWeightPerChannel, quantize
 from granq_plugin.core.ranges import CollectedRange
 from granq_plugin.zero_shot import preset, zero_shot_qat
+from granq_plugin.zero_shot.generator import Generator
 from networks import teacher_network
 from zoo.card import Preprocessing
 from zoo.data import ImageSet
@@ -43,7 +44,8 @@ def _rank(rank: int, folder: str, function) -> None:
 
 def everything(rank: int | None) -> dict:
     """On one rank, or (None) in a single process that sees whole batches."""
-    return dict(ranges=collect_all(rank), zero_shot={t: zero_shot(*t) for t in ZERO_SHOT}) | {t: train(rank, *t) for t in TRAININGS}
+    return dict(ranges=collect_all(rank), zero_shot={t: zero_shot(*t) for t in ZERO_SHOT}) | {
+        t: train(rank, *t) for t in TRAININGS} | dict(sample=sample(rank))
 
 
 def batches(count: int = 3) -> list[torch.Tensor]:
@@ -129,6 +131,12 @@ def zero_shot(act: str, accumulation_steps: int) -> dict[str, torch.Tensor]:
     metrics = [[v for k, v in row.items() if k != "images_per_second"] for row in result.metrics]
     generator = {f"generator.{k}": v for k, v in result.generator.state_dict().items()}
     return dict(student.state_dict()) | generator | dict(images=result.images, metrics=torch.tensor(metrics))
+
+
+def sample(rank: int | None) -> torch.Tensor | None:
+    """Of a generator, on the first rank, while the other one leaves."""
+    torch.manual_seed(0)
+    return None if rank else Generator(8, 10).sample(20)
 
 
 def count(rank: int | None) -> tuple[int, int, int]:

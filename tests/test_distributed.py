@@ -1,5 +1,11 @@
 """Static ranges and training under torch.distributed: two gloo processes on this machine."""
 
+import json
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -63,3 +69,26 @@ def test_zero_shot_qat_on_two_ranks_is_that_on_one(distributed, single, run):
         oracles.assert_equal(first[name], second[name])
         tolerance = dict(rtol=1e-3, atol=1e-3) if name == "images" else dict(rtol=1e-8, atol=1e-9)  # images: float16
         torch.testing.assert_close(first[name], value, **tolerance, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_generator_is_sampled_on_one_rank_alone(distributed, single):
+    """Its batch statistics are that rank's: the others may have gone."""
+    assert torch.equal(distributed[0]["sample"], single["sample"]) and distributed[1]["sample"] is None
+
+
+def test_granq_qat_on_two_ranks_leaves_a_whole_run(tmp_path):
+    """As torchrun starts it. The first rank writes what the run leaves, when the other has ended."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    few = ("epochs=1", "iterations=2", "warmup_epochs=0", "batch_size=8", "memory_size=16", "replay_steps=1")
+    processes = [subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "granq_plugin", "qat", "resnet8_digits", "--out", str(tmp_path / "run"),
+         "--threads=1", *(f"--set={s}" for s in few)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | dict(PYTHONPATH=os.pathsep.join(sys.path), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))) for rank in range(2)]
+    said = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "student_sha256" in json.loads((tmp_path / "run" / "run.json").read_text())
+    left = {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"student.safetensors", "images.safetensors", "images.png", "metrics.csv"} < left

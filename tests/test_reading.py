@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import mutations
+from benchmarks import mutated_tensors
 from granq_plugin.reading import existing_file, load_torch, parse_toml, read_json, read_text
 
 
@@ -110,8 +110,8 @@ def test_compressed_archives_are_refused_before_they_are_unpacked(tmp_path):
 
 @pytest.mark.parametrize("archive", [True, False])
 def test_payloads_do_not_run(tmp_path, monkeypatch, archive):
-    monkeypatch.setenv(mutations.CANARY, str(tmp_path / "canary"))
-    saved(tmp_path / "a.pt", mutations.Exploit(), _use_new_zipfile_serialization=archive)
+    monkeypatch.setenv(mutated_tensors.CANARY, str(tmp_path / "canary"))
+    saved(tmp_path / "a.pt", mutated_tensors.Exploit(), _use_new_zipfile_serialization=archive)
     with pytest.raises(ValueError, match="holds more than tensors and plain values"):
         load_torch(tmp_path / "a.pt")
     assert not (tmp_path / "canary").exists()

@@ -13,7 +13,7 @@ from zoo.card import Preprocessing
 from zoo.data import ImageSet
 from zoo.image_folder import FolderImages
 
-__all__ = ["Accuracy", "default_batch_size", "evaluate", "input_batches", "wilson_interval"]
+__all__ = ["Accuracy", "check_images", "default_batch_size", "evaluate", "input_batches", "wilson_interval"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,17 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 def default_batch_size(preprocessing: Preprocessing) -> int:
     """Images of a forward: 250, or 50 of 64 pixels and more."""
     return 250 if preprocessing.image_size < 64 else 50
+
+
+def check_images(data: "ImageSet | FolderImages", preprocessing: Preprocessing) -> None:
+    """Raise what :func:`evaluate` would raise of the first image, before a training whose end would be too late.
+
+    Raises:
+        ValueError: if there are no images, or they have the wrong size or number of channels.
+    """
+    if not len(data):
+        raise ValueError(f"no images in {data.source!r}")
+    preprocessing(next(iter(data.batches(1)))[0])
 
 
 def input_batches(

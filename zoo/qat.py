@@ -12,7 +12,7 @@ from granq_plugin.zero_shot import ZeroShotConfig, ZeroShotResult, parallel, zer
 from granq_plugin.zero_shot.outcome import save_outcome, save_tensors
 from zoo.card import Card
 from zoo.data import ImageSet
-from zoo.evaluate import evaluate
+from zoo.evaluate import check_images, evaluate
 from zoo.quantization import Quantization
 from zoo.registry import get_card, list_models
 from zoo.students import calibrator
@@ -66,8 +66,10 @@ def train_student(
 
     Raises:
         ValueError, TypeError, OSError: see :func:`granq_plugin.zero_shot.zero_shot_qat`; ValueError also for a folded student
-            without images.
+            without images, and for a test set that the network cannot take.
     """
+    if test_set is not None:
+        check_images(test_set, card.preprocessing)
     calibrated = {}  # a folded network is rebuilt from what it was folded from
 
     def calibrate(prepared: nn.Module) -> nn.Module:

@@ -66,6 +66,7 @@ def train_teacher(name, data, out, config_file, assignments, holdout, resume, de
             if card.dataset not in zoo.data.BUNDLED and judged.source == images.source:
                 raise ValueError(f"{images.source!r} has no test images beside those to train on: give --holdout N, or sort them "
                                  "into train/CLASS and test/CLASS")
+        zoo.evaluate.check_images(judged, card.preprocessing)
         torch.manual_seed(config.seed)
         model = card.build().to(device)
 
@@ -81,8 +82,8 @@ def train_teacher(name, data, out, config_file, assignments, holdout, resume, de
         zoo.train.train_teacher(
             model, images, card.preprocessing, config, run_dir=out, resume=resume,
             on_step=lambda done, _: advance(bar, done), on_epoch=on_epoch)
-    accuracy = evaluate(model)
     with input_errors():
+        accuracy = evaluate(model)
         summary = dict(
             network=name, dataset=card.dataset, teacher_sha256=save_tensors(out / "teacher.safetensors", model.state_dict()),
             images="held-out training" if holdout else "test", **{f"{'holdout' if holdout else 'test'}_images": len(judged)},

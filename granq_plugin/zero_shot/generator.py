@@ -97,8 +97,9 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def sample(self, count: int, seed: int = 0) -> Tensor:
-        """Images ``[count, image_channels, S, S]`` of all classes in turn, the same ones for the same seed."""
+        """Images ``[count, image_channels, S, S]`` of all classes in turn, the same ones for the same seed; on this rank alone."""
         noise = torch.randn(count, self.latent_dim, generator=torch.Generator().manual_seed(seed))
         labels = torch.arange(count) % self.embedding.num_embeddings
         like = self.linear.weight
-        return self(noise.to(like), labels.to(like.device))
+        with parallel.alone():
+            return self(noise.to(like), labels.to(like.device))

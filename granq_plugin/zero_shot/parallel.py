@@ -3,16 +3,32 @@
 Without an initialized process group every function is the identity of one rank.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["average_", "from_first_rank", "gather", "least", "rank", "shard", "sum_over_ranks", "world_size"]
+__all__ = ["alone", "average_", "from_first_rank", "gather", "least", "rank", "shard", "sum_over_ranks", "world_size"]
+
+_alone = False
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """For what a rank computes by itself, whatever the others do, or when they have gone: one rank is all there is."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def world_size() -> int:
+    if _alone:
+        return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 

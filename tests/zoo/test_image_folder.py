@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,6 +123,30 @@ def test_a_teacher_is_trained_from_image_folders(tmp_path, capsys):
     command[command.index("--out") + 1] = str(tmp_path / "run2")
     assert cli.run(command) == 0, capsys.readouterr().err
     assert "on 9 test images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [
+    ("train-teacher", "--set=epochs=2", "--set=batch_size=4"),
+    ("qat", "--weights=w.pt", "--preset=cifar10_fast", "--set=image_size=8")])
+@pytest.mark.parametrize("test, message", [("too small", "0.png' is 5x5, the network takes 8x8"),
+                                           ("none", "no images in"), ("other size", "images are 9x9, the network takes 8x8")])
+def test_test_images_that_do_not_fit_are_found_before_training(tmp_path, capsys, monkeypatch, command, test, message):
+    """Not in the evaluation at its end."""
+    monkeypatch.chdir(tmp_path)
+    card = dataclasses.replace(CARD, architecture="zoo.models.cifar_resnet:resnet8", num_classes=10,
+                               preprocessing=dataclasses.replace(PREPROCESSING, resize=None))
+    Path("small.toml").write_text(card.to_toml())
+    torch.save(card.build().state_dict(), "w.pt")
+    fill(tmp_path / "data/flowers/train", ["0", "1", "2"], per_class=6, size=(8, 8))
+    if test == "too small":
+        fill(tmp_path / "data/flowers/test", ["0", "1", "2"], size=(5, 5))
+    else:
+        count = 0 if test == "none" else 3
+        np.savez("data/flowers/test.npz", x=np.zeros((count, 9, 9, 3), np.uint8), y=np.arange(count))
+    verb, *options = command
+    assert cli.run([verb, "small.toml", "--data", "data", "--out", "run", *options]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not Path("run").exists()
 
 
 @pytest.mark.parametrize("size", [(20_000, 4_000), (1, 60_000), (60_000, 1)])
