@@ -272,7 +272,7 @@ def _two_runs(command: Command, out: Path, seconds: float, rng: random.Random) -
     codes = [ended(pid) for pid in (first, second)]
     problems = [f"exit codes {codes}"] if sorted(codes) not in ([0, 0], [0, 2]) else []
     for code, log in zip(codes, logs):
-        if code == 2 and not re.search(r"in use by another process|holds another run|is not empty", last_line(log)):
+        if code == 2 and not re.search(r"in use by another process|holds a run;|is not empty", last_line(log)):
             problems.append(f"said {last_line(log)!r}")
     return max(codes), problems
 

@@ -222,17 +222,18 @@ class Card:
         import torch
         module, function = self.architecture.split(":")
         if module.split(".")[0] in {*sys.stdlib_module_names, "torch"}:  # not even imported: networks are elsewhere
-            raise ValueError(f"zoo entry {self.name!r}: there is no network in {module!r}")
+            raise ValueError(f"card {self.name!r}: there is no network in {module!r}")
         try:
             found = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError) as e:
-            raise ValueError(f"zoo entry {self.name!r}: there is no {self.architecture!r}: {e}") from e
+            raise ValueError(f"card {self.name!r}: there is no {self.architecture!r}: {e} (the command line looks in the working "
+                             "folder, too)") from e
         try:
             network = found(num_classes=self.num_classes, **self.architecture_args)
         except TypeError as e:
-            raise ValueError(f"zoo entry {self.name!r}: {self.architecture!r} does not take these arguments: {e}") from e
+            raise ValueError(f"card {self.name!r}: {self.architecture!r} does not take these arguments: {e}") from e
         if not isinstance(network, torch.nn.Module) or isinstance(network, torch.jit.ScriptModule):
-            raise ValueError(f"zoo entry {self.name!r}: {self.architecture!r} must return a torch.nn.Module, and no TorchScript; "
+            raise ValueError(f"card {self.name!r}: {self.architecture!r} must return a torch.nn.Module, and no TorchScript; "
                              f"got {type(network).__name__}")
         return network.eval()
 

@@ -52,7 +52,8 @@ def train_student(
         resume: bool = False,
         device: torch.device | str = "cpu",
         on_iteration: Callable[[int, dict], object] | None = None,
-        on_epoch: Callable[[dict], object] | None = None) -> StudentRun:
+        on_epoch: Callable[[dict], object] | None = None,
+        on_float_top1: Callable[[float], object] | None = None) -> StudentRun:
     """Quantize a float zoo network, train it without data, and leave a run that :func:`zoo.students.load_run` reads.
 
     Args:
@@ -63,6 +64,7 @@ def train_student(
         test_set: evaluated every ``evaluate_every`` epochs (None: at the end); training never sees it.
         resume, on_iteration, on_epoch: see :func:`granq_plugin.zero_shot.zero_shot_qat`; a finished run that is resumed only
             writes its outcome again.
+        on_float_top1: called by rank 0, before training, with the float network's accuracy on the test set, in percent.
 
     Raises:
         ValueError, TypeError, OSError: see :func:`granq_plugin.zero_shot.zero_shot_qat`; ValueError also for a folded student
@@ -85,6 +87,9 @@ def train_student(
     def top1(network: nn.Module) -> float:
         return evaluate(network, test_set, card.preprocessing, device=device).top1
 
+    float_top1 = top1(teacher) if test_set and parallel.rank() == 0 else None
+    if float_top1 is not None and on_float_top1 is not None:
+        on_float_top1(float_top1)
     network = quantization.build(teacher, card.example_input(), calibrate)
     result = zero_shot_qat(
         network.to(device), teacher.to(device), config, images=images, run_dir=run_dir, resume=resume,
@@ -95,7 +100,7 @@ def train_student(
         dataset=card.dataset, teacher_weights_sha256=teacher_sha256, images_sha256=images_sha256)
     if parallel.rank() == 0:
         if test_set:
-            summary |= dict(test_images=len(test_set), float_top1=top1(teacher), top1=result.metrics[-1]["accuracy"])
+            summary |= dict(test_images=len(test_set), float_top1=float_top1, top1=result.metrics[-1]["accuracy"])
         if not in_zoo:
             write_text(Path(run_dir) / "card.toml", card.to_toml())
         if calibrated:

@@ -71,8 +71,8 @@ def card_of(reference: str, dataset: str | None = None) -> Card:
     """
     if ":" in reference and not reference.endswith(".toml"):
         if dataset not in DATASETS:
-            raise ValueError(f"{reference!r} needs a data set, one of {', '.join(DATASETS)}, got {dataset!r}; for others, or "
-                             "other preprocessing, write a card file")
+            raise ValueError(f"{reference!r} needs a data set (--dataset), one of {', '.join(DATASETS)}, got {dataset!r}; for "
+                             "others, or other preprocessing, write a card file")
         num_classes, preprocessing = DATASETS[dataset]
         return Card(reference.split(":")[1], reference, dataset, num_classes, preprocessing)
     card = get_card(reference)
@@ -105,7 +105,7 @@ def read_weights(card: Card, zoo_dir: str | Path | None = None) -> bytes:
     """
     if card.weights is None:
         source = f"; they come from {card.teacher.source} ({card.teacher.license})" if card.teacher else ""
-        raise FileNotFoundError(f"zoo entry {card.name!r} ships no weights{source}: give a file of float weights")
+        raise FileNotFoundError(f"card {card.name!r} ships no weights{source}: give a file of float weights")
     file = _root(zoo_dir).joinpath("pretrained", f"{card.name}.safetensors")
     if not file.is_file():
         raise FileNotFoundError(f"weights of zoo entry {card.name!r} are absent: there is no {str(file)!r}")

@@ -2,6 +2,8 @@
 
 import contextlib
 import importlib
+import logging
+import os
 import signal
 import sys
 import threading
@@ -79,6 +81,9 @@ def cli(context: click.Context) -> None:
 
 def run(args: list[str] | None = None) -> int:
     """Run ``granq`` with ``args`` (default: the process's) and return its exit code: 130 after Ctrl-C, 143 after SIGTERM."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of a CUDA compiler without a GPU
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for networks of the user's own; last, so that nothing there hides a package
     try:
         with _terminable():
             return cli.main(args, prog_name="granq", standalone_mode=False) or 0

@@ -43,7 +43,9 @@ def demo(out, weight_bits, act_bits) -> None:
         with contextlib.ExitStack() as bars, input_errors():
             def stage(words: str, total: int):
                 bars.close()
-                bar = tqdm(total=total, desc=f"{words:28}", bar_format=_BAR, file=sys.stderr)
+                bar = tqdm(total=total, desc=f"{words:28}", bar_format=_BAR, file=sys.stderr, disable=None)
+                if bar.disable:  # not a terminal
+                    click.echo(words, err=True)
                 return bars.enter_context(bar).update
             report = run_demo(out, weight_bits, act_bits, stage=stage)
     except KeyboardInterrupt:

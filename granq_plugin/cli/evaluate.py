@@ -74,7 +74,7 @@ def evaluate(name, weight_bits, act_bits, weight_regime, static, calibration_dat
 
         results = {}
         for label, network in (("float", model), ("quantized", quantized)):
-            with tqdm(total=len(test_set), desc=f"{label:9}", unit="img") as bar:
+            with tqdm(total=len(test_set), desc=f"{label:9}", unit="img", disable=None) as bar:
                 results[label] = zoo.evaluate.evaluate(
                     network, test_set, card.preprocessing, batch_size, device, progress=bar.update)
 

@@ -80,7 +80,7 @@ def verify(file, run_dir, data, count, executors, batch_size) -> None:
         student, network, _ = load_run(run_dir)
         chosen = zoo.data.load_images(data, student.card.dataset, card=student.card).subset(count)
         images = torch.cat(list(input_batches(chosen.images, student.card.preprocessing, 1000)))
-        with tqdm(total=len(images) * len(executors), unit="img") as bar:
+        with tqdm(total=len(images) * len(executors), unit="img", disable=None) as bar:
             result = verify_file(file, network, images, labels=chosen.labels, executors=executors, batch_size=batch_size,
                                  progress=bar.update)
     click.echo(str(result))

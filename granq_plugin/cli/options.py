@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import sys
 from pathlib import Path
 
 import click
@@ -118,10 +117,8 @@ def open_device(name: str):
 
 
 def open_card(name: str, dataset: str | None):
-    """The card of a float network: see :func:`zoo.registry.card_of`. Functions are looked for in the working folder, too."""
+    """The card of a float network: see :func:`zoo.registry.card_of`."""
     from zoo.registry import card_of
-    if ":" in name:
-        sys.path.insert(0, os.getcwd())
     return card_of(name, dataset)
 
 

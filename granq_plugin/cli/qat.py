@@ -24,7 +24,7 @@ __all__ = ["qat"]
 
 def _settings_text() -> str:
     from granq_plugin.zero_shot import PRESETS, ZeroShotConfig
-    return f"presets: {', '.join(PRESETS)}\n\n{ZeroShotConfig().to_toml()}"
+    return f"presets: {', '.join(PRESETS)}\n\n# preset cifar10, with what a setting means:\n{ZeroShotConfig().to_toml()}"
 
 
 @click.command()
@@ -104,6 +104,9 @@ def qat(name, out, weights, dataset, weight_bits, act_bits, activations, weight_
         test_set = zoo.data.load_images(data, card.dataset, card=card) if has_test_set else None
         writer = _tensorboard(out) if tensorboard and parallel.rank() == 0 else None
 
+    def on_float_top1(top1: float) -> None:
+        bar.write(f"float {card.name}: top-1 {top1:.2f} % ({len(test_set)} test images)", file=sys.stderr)
+
     def on_epoch(row: dict) -> None:
         words = [f"epoch {row['epoch']}/{config.epochs}", *(
             f"{k} {row[k]:.4g}" for k in ("loss_generator", "loss_bn", "loss_student") if k in row),
@@ -118,11 +121,11 @@ def qat(name, out, weights, dataset, weight_bits, act_bits, activations, weight_
             bar.set_postfix_str(f"{bar.format_dict['rate'] * config.batch_size if bar.format_dict['rate'] else 0:.0f} img/s, "
                                 f"agreement {float(log['agreement']):.0%}", refresh=False)
 
-    with tqdm(total=config.total_iterations, unit="it", disable=parallel.rank() > 0) as bar, input_errors():
+    with tqdm(total=config.total_iterations, unit="it", disable=parallel.rank() > 0 or None) as bar, input_errors():
         run = train_student(
             card, quantization, teacher, config, out, teacher_sha256=teacher_sha256, images=images,
             images_sha256=None if images_file is None else sha256(images_file), test_set=test_set, evaluate_every=evaluate_every,
-            resume=resume, device=device, on_iteration=on_iteration, on_epoch=on_epoch)
+            resume=resume, device=device, on_iteration=on_iteration, on_epoch=on_epoch, on_float_top1=on_float_top1)
     if parallel.rank() > 0:
         return
     click.echo(f"{name}, W{weight_bits}A{act_bits}, {regime} weights, {activations} activations, zero-shot QAT: "
@@ -134,12 +137,17 @@ def qat(name, out, weights, dataset, weight_bits, act_bits, activations, weight_
 
 
 def _settings(card, preset_name: str | None, config_file: Path | None, assignments: tuple[str, ...]):
-    """Preset, then file, then single settings; classes must match the card's."""
+    """Preset (if nobody chose one, fitted to the card), then file, then single settings; classes must match the card's."""
     from granq_plugin.zero_shot import preset
     config = preset(preset_name or card.preset or f"{card.dataset}_fast")
+    if preset_name is None:
+        config = config.replace(num_classes=card.num_classes, image_size=card.preprocessing.image_size,
+                                image_channels=card.preprocessing.channels)
+    config = settings_from(config, config_file, assignments)
     if config.num_classes != card.num_classes:
-        raise ValueError(f"preset {preset_name!r} is for {config.num_classes} classes, {card.name} has {card.num_classes}")
-    return settings_from(config, config_file, assignments)
+        raise ValueError(f"the settings{f' (preset {preset_name})' if preset_name else ''} are for {config.num_classes} classes, "
+                         f"{card.name} has {card.num_classes}: --set num_classes={card.num_classes}")
+    return config
 
 
 def _tensorboard(out: Path):

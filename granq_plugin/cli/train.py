@@ -78,7 +78,7 @@ def train_teacher(name, data, out, config_file, assignments, holdout, resume, de
                   f"training accuracy {row['train_accuracy']:.1f} %  {row['images_per_second']:.0f} img/s", file=sys.stderr)
 
     total = config.epochs * (len(images) // config.batch_size)
-    with tqdm(total=total, unit="step", mininterval=1) as bar, input_errors():
+    with tqdm(total=total, unit="step", mininterval=1, disable=None) as bar, input_errors():
         zoo.train.train_teacher(
             model, images, card.preprocessing, config, run_dir=out, resume=resume,
             on_step=lambda done, _: advance(bar, done), on_epoch=on_epoch)

@@ -105,7 +105,7 @@ def evaluate(name, data, weights, tolerance, update_card, batch_size, device, th
         model = get_model(name, pretrained=weights is None, weights=weights, zoo_dir=zoo_dir)
         test_set = parallel.from_first_rank(lambda: load_images(data, card.dataset, card=card, download=download))
         world = parallel.world_size()
-        with tqdm(total=len(test_set), unit="img", disable=parallel.rank() > 0) as bar:
+        with tqdm(total=len(test_set), unit="img", disable=parallel.rank() > 0 or None) as bar:
             accuracy = count(model, test_set, card.preprocessing, batch_size or default_batch_size(card.preprocessing), device,
                              lambda n: bar.update(min(n * world, len(test_set) - bar.n)), distributed=True)
     if parallel.rank() > 0:
@@ -147,7 +147,7 @@ def add(run_dir, name, license, overwrite, data, batch_size, download, zoo_dir) 
     with input_errors():
         from zoo.data import load_images
         from zoo.publish import entry_of_run, write_entry
-        with tqdm(unit="img") as bar:
+        with tqdm(unit="img", disable=None) as bar:
 
             def load(card):
                 test_set = load_images(data, card.dataset, card=card, download=download)

@@ -106,7 +106,8 @@ class RunDirectory:
         known = {}
         if "run.json" in others:
             if not resume:
-                raise FileExistsError(f"run directory {str(self.path)!r} holds another run; resume it, or choose another folder")
+                raise FileExistsError(
+                    f"run directory {str(self.path)!r} holds a run; go on with it (--resume), or choose another folder")
             known = self._check_same_run(config)
         elif (not resume and (others or parts)) or not others <= {"config.toml"}:  # a killed process had not come further
             raise FileExistsError(f"run directory {str(self.path)!r} is not empty and holds no run; choose another folder")

@@ -215,7 +215,7 @@ class TestRunDirectory:
         zero_shot_qat(student, teacher, CONFIG, run_dir=tmp_path)
         before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
         student, teacher = pair()
-        with pytest.raises(FileExistsError, match="holds another run"):
+        with pytest.raises(FileExistsError, match="holds a run;"):
             zero_shot_qat(student, teacher, CONFIG, run_dir=tmp_path)
         with pytest.raises(ValueError, match="student_lr was 0.01, is 0.02"):
             zero_shot_qat(student, teacher, changed(student_lr=0.02), run_dir=tmp_path, resume=True)

@@ -52,7 +52,7 @@ def test_another_run_in_the_folder_is_let_go_too(tmp_path, network):
     with opened(tmp_path, network):
         pass
     for other in (nn.Linear(3, 3), network):
-        with pytest.raises((ValueError, FileExistsError), match="another teacher|holds another run"):
+        with pytest.raises((ValueError, FileExistsError), match="another teacher|holds a run;"):
             opened(tmp_path, other, resume=other is not network)
     with opened(tmp_path, network):
         pass

@@ -75,7 +75,7 @@ def test_networks_that_cannot_be_built(monkeypatch):
                                   ("zoo.models.cifar_resnet:resnet21", "there is no .*resnet21"),
                                   ("zoo.models.cifar_resnet:copy", "not callable"), ("os:abort", "no network in 'os'"),
                                   ("torch.hub:load", "no network in 'torch.hub'"), ("antigravity:x", "no network in")):
-        with pytest.raises(ValueError, match=f"zoo entry 'x': .*{message}"):
+        with pytest.raises(ValueError, match=f"card 'x': .*{message}"):
             Card.from_toml("x", GOOD.replace("zoo.models.cifar_resnet:resnet20", architecture)).build()
 
 

@@ -114,7 +114,7 @@ def test_networks_of_the_user_s_own(tmp_path, monkeypatch, capsys):
     card = card_of("nets_of_mine:small", "cifar100")
     network = card.build()
     assert card.num_classes == 100 and network(card.example_input()).shape == (1, 100)
-    with pytest.raises(ValueError, match="needs a data set, one of cifar10, cifar100, digits, imagenet, got None"):
+    with pytest.raises(ValueError, match=r"needs a data set \(--dataset\), one of cifar10, cifar100, digits, imagenet, got None"):
         card_of("nets_of_mine:small")
     with pytest.warns(match="torch.jit.script"), pytest.raises(ValueError, match="got RecursiveScriptModule"):
         card_of("nets_of_mine:scripted", "cifar10").build()

@@ -182,3 +182,34 @@ def test_a_run_that_lacks_its_images(runs, capsys):
 def test_run_json_is_plain(runs):
     run = json.loads((runs / "dynamic" / "run.json").read_text())
     assert {"network", "weight_bit_width", "act_bit_width", "weight_regime", "activations", "teacher_state_sha256"} <= set(run)
+
+
+def test_a_network_of_the_working_folder_goes_all_the_way(tmp_path, monkeypatch, capsys):
+    """module:function, trained, evaluated and exported, with nothing on the path but what the command line puts there."""
+    (tmp_path / "nets_of_this_folder.py").write_text(
+        "from torch import nn\ndef net(num_classes):\n    return nn.Sequential(\n        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), "
+        "nn.ReLU(), nn.Flatten(), nn.Linear(144, num_classes))\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    monkeypatch.delenv("GRANQ_DATA", raising=False)
+    sys.path.append(str(tmp_path))
+    from nets_of_this_folder import net
+    torch.save(net(10).state_dict(), "w.pt")
+    sys.path.remove(str(tmp_path))
+    del sys.modules["nets_of_this_folder"]
+    assert granq(["qat", "nets_of_this_folder:net", "--dataset", "digits", "--weights", "w.pt", "--out", "run", *SHORT]) == 0
+    said = capsys.readouterr().err
+    assert said.index("float net: top-1 ") < said.index("epoch 1/2")  # before it trains
+    for command in (["export", "run", "--format", "qcdq", "--out", "net.onnx"],
+                    ["evaluate", "run/card.toml", "--weights", "w.pt"]):
+        del sys.modules["nets_of_this_folder"]
+        assert granq(command) == 0, command
+    # the same network with more classes: settings follow the card, and those that are given must fit it
+    (tmp_path / "more.toml").write_text((tmp_path / "run/card.toml").read_text().replace("num_classes = 10", "num_classes = 12"))
+    torch.save(net(12).state_dict(), "w12.pt")
+    for settings, code in ([], 0), (["--preset", "digits_fast"], 2), (["--preset", "digits_fast", "--set=num_classes=12"], 0):
+        out = f"run{len(settings)}"
+        assert granq(["qat", "more.toml", "--weights", "w12.pt", "--out", out, *SHORT, *settings]) == code
+        if code:
+            said = "the settings (preset digits_fast) are for 10 classes, more has 12: --set num_classes=12"
+            assert said in capsys.readouterr().err
