@@ -1,8 +1,9 @@
 """How accurate is zero-shot QAT? Collects finished runs of ``granq qat --data`` into one table, with their logs.
 
-    python -m benchmarks.zero_shot RUN_DIR...
+    python -m benchmarks.zero_shot RUN_DIR... [--stopped RUN_DIR]
 
-Rows of earlier runs stay unless a new one has the name of their log.
+Rows of earlier runs stay unless a new one has the name of their log. A run that was stopped because it went wrong has no row; its
+log is kept, and its curve drawn.
 Writes ``benchmarks/results/zero_shot.csv``, a log per run in ``benchmarks/results/zero_shot/``, the table in docs/results.md, and
 ``zero_shot.png``: accuracy against iterations, of the runs that were evaluated along the way (``--evaluate-every``). Every number
 is of the last epoch, on the whole test set.
@@ -22,6 +23,7 @@ from granq_plugin.atomic import atomic_path
 RESULTS = Path(__file__).parent / "results"
 LOGS = RESULTS / "zero_shot"
 MARKER = "zero_shot: written by python -m benchmarks.zero_shot"
+STOPPED = "_stopped.csv"
 FIELDS = ("network", "weights", "activations", "bits", "float_top1", "top1", "retention", "test_images", "iterations", "batch_size",
           "images", "teacher_weights_sha256", "log")
 
@@ -67,12 +69,11 @@ def plot(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    shown = [r for r in rows if len(accuracies(r)) > 2]
-    for row, marker, line in zip(shown, "osD^vPX*", itertools.cycle(("-", "--", ":"))):
-        points = accuracies(row)
-        axis.plot(*zip(*points), marker=marker, markersize=4, linewidth=1.2, color="black", linestyle=line,
-                  label=f"{row['network']}, {row['bits']}, {row['weights']}, {row['activations']}: "
-                        f"{row['iterations']} x {row['batch_size']}")
+    shown = {f"{r['network']}, {r['bits']}, {r['weights']}, {r['activations']}: {r['iterations']} x {r['batch_size']}": r["log"]
+             for r in rows if len(accuracies(r["log"])) > 2}
+    shown |= {log.stem.replace("_", " "): log.name for log in sorted(LOGS.glob(f"*{STOPPED}"))}
+    for (label, log), marker, line in zip(shown.items(), "osD^vPX*", itertools.cycle(("-", "--", ":"))):
+        axis.plot(*zip(*accuracies(log)), marker=marker, markersize=4, linewidth=1.2, color="black", linestyle=line, label=label)
     axis.set(xscale="log", xlabel="iterations (log scale)", ylabel="test top-1, %",
              title="Zero-shot QAT: accuracy against iterations")
     axis.grid(alpha=0.3)
@@ -83,9 +84,9 @@ def plot(rows: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
-def accuracies(row: dict) -> list[tuple[int, float]]:
-    """``(iterations, accuracy)`` wherever a run was evaluated, from its log."""
-    return [(int(r["iterations"]), float(r["accuracy"])) for r in read(LOGS / row["log"]) if r.get("accuracy")]
+def accuracies(log: str) -> list[tuple[int, float]]:
+    """``(iterations, accuracy)`` wherever a run was evaluated."""
+    return [(int(r["iterations"]), float(r["accuracy"])) for r in read(LOGS / log) if r.get("accuracy")]
 
 
 def read_rows(path: Path = RESULTS / "zero_shot.csv") -> list[dict]:
@@ -94,7 +95,8 @@ def read_rows(path: Path = RESULTS / "zero_shot.csv") -> list[dict]:
 
 @click.command(help=__doc__)
 @click.argument("run_dirs", type=click.Path(path_type=Path, exists=True, file_okay=False), nargs=-1, required=True)
-def main(run_dirs: tuple[Path, ...]) -> None:
+@click.option("--stopped", type=click.Path(path_type=Path, exists=True, file_okay=False), multiple=True)
+def main(run_dirs: tuple[Path, ...], stopped: tuple[Path, ...]) -> None:
     rows = [row_of(run_dir) for run_dir in run_dirs]
     rows += [r for r in read_rows() if r["log"] not in {new["log"] for new in rows}]
     rows.sort(key=lambda r: (
@@ -102,6 +104,8 @@ def main(run_dirs: tuple[Path, ...]) -> None:
     LOGS.mkdir(parents=True, exist_ok=True)
     for run_dir in run_dirs:
         shutil.copyfile(run_dir / "metrics.csv", LOGS / f"{run_dir.name}.csv")
+    for run_dir in stopped:
+        shutil.copyfile(run_dir / "metrics.csv", LOGS / f"{run_dir.name}{STOPPED}")
     write(RESULTS / "zero_shot.csv", FIELDS, rows)
     plot(rows, RESULTS / "zero_shot.png")
     replace_table(MARKER, table(read_rows()))
