@@ -109,7 +109,8 @@ def load_torch(path: str | Path) -> Any:
     except pickle.UnpicklingError as e:  # torch's own words advise to switch its protection off
         raise ValueError(f"{str(path)!r} is damaged, or holds more than tensors and plain values") from e
     except Exception as e:  # a damaged file raises anything, from EOFError to zlib's own class
-        raise ValueError(f"{str(path)!r} is damaged: {reason_of(e)}") from e
+        reason, _, _ = reason_of(e).partition(". ")  # torch goes on about how files come to be so
+        raise ValueError(f"{str(path)!r} is damaged: {reason}") from e
     return value
 
 

@@ -213,3 +213,9 @@ def test_the_folded_entry_s_ranges_are_those_that_were_folded():
     assert set(after) <= set(scales) and max(map(len, scales.values())) > 1
     assert all(s.tolist() == [1.0] for name, s in after.items() if "input_quant" not in name)
     assert all(torch.equal(scales[n], after[n]) for n in after if "input_quant" in n)
+
+
+def test_the_list_tells_where_weights_that_are_not_shipped_are_named(capsys):
+    code, out, _ = run(["zoo", "list", NAME], capsys)
+    assert code == 0 and out.rstrip().endswith(f"weights not shipped; source: granq zoo card {NAME}")
+    assert "source = \"https://" in run(["zoo", "card", NAME], capsys)[1]

@@ -35,8 +35,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         else:
             entries = load_torch(path)
     except Exception as e:  # safetensors' own class, or whatever its conversion to tensors raises
-        raise ValueError(
-            f"{str(path)!r} is not a readable weights file (.safetensors or a torch state dict): {reason_of(e)}") from e
+        reason = reason_of(e).removeprefix(f"{str(path)!r} is ")
+        raise ValueError(f"{str(path)!r} is not a readable weights file (.safetensors or a torch state dict): {reason}") from e
     if isinstance(entries, dict) and isinstance(entries.get("state_dict"), dict):
         entries = entries["state_dict"]
     if not isinstance(entries, dict) or not entries or not all(isinstance(v, Tensor) for v in entries.values()):

@@ -34,6 +34,15 @@ def export(run_dir, file_format, out, top_k, dynamo) -> None:
         from granq_plugin.export import export_qcdq, export_qonnx
         from zoo.students import load_run
         student, network, run = load_run(run_dir)
+        activations = student.quantization.activations
+        if file_format == "finn" and activations != "folded":
+            images = run_dir if (run_dir / "images.safetensors").is_file() else "RUN_WITH_MEMORY"
+            weights = "" if student.card.weights else " --weights FILE"
+            bits = student.quantization.weight_bit_width, student.quantization.act_bit_width
+            raise ValueError(
+                f"--format finn needs a run with folded activations, those of {str(run_dir)!r} are {activations}; train one: "
+                f"granq qat {student.network} --activations folded --images {images}/images.safetensors{weights} "
+                f"--weight-bits {bits[0]} --act-bits {bits[1]} --out NEW_RUN")
         known = ("network", "teacher_weights_sha256", "float_top1", "top1", "test_images")
         metadata = {key: run[key] for key in known if key in run}
         example = student.example_input()
@@ -41,7 +50,7 @@ def export(run_dir, file_format, out, top_k, dynamo) -> None:
             export_finn(network, example, out, top_k=top_k, metadata=metadata)
         else:
             (export_qonnx if file_format == "qonnx" else export_qcdq)(network, example, out, metadata=metadata, dynamo=dynamo)
-    click.echo(f"{out}: {student.network}, {student.quantization.bits}, {student.quantization.activations} activations, "
+    click.echo(f"{out}: {student.network}, {student.quantization.bits}, {activations} activations, "
                f"{file_format}")
 
 

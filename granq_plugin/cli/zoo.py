@@ -47,7 +47,7 @@ def list_entries(pattern, zoo_dir) -> None:
         for name in names:
             card = get_card(name, zoo_dir)
             top1 = f"{card.results.top1:6.2f} % of {card.results.images:5}" if card.results else f"{'-':>17}"
-            size = f"{card.weights.bytes / 1000:.0f} kB" if card.weights else "weights not shipped"
+            size = f"{card.weights.bytes / 1000:.0f} kB" if card.weights else f"weights not shipped; source: granq zoo card {name}"
             click.echo(f"{name:{width}}  {card.dataset:9}  top-1 {top1}  {size}")
 
 

@@ -95,7 +95,7 @@ def bake(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Make the scales of ``fold(..., trainable=True)`` part of the weights, for good: the model to deploy, bit-identical in output.
 
     Raises:
-        ValueError: if the model has no such scales.
+        ValueError: if the model has no such scales: what ``fold(..., trainable=False)`` returns is deployed as it is.
 
     Example: see :func:`fold`.
     """
@@ -103,7 +103,8 @@ def bake(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     scaled = [(m, name) for m in model.modules() if parametrize.is_parametrized(m) for name in list(m.parametrizations)
               if any(isinstance(p, _Scaled) for p in m.parametrizations[name])]
     if not scaled:
-        raise ValueError("model has no trainable scales to bake: it does not come from fold(..., trainable=True), or is baked")
+        raise ValueError("model has no trainable scales to bake: a model that is baked, or comes from fold(..., trainable=False), "
+                         "has them in its weights and is deployed as it is; any other goes through fold() first")
     for module in {m for m, _ in scaled}:  # a deep copy shares its class, which holds the properties that are removed below
         properties = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__")}
         module.__class__ = type(type(module).__name__, type(module).__bases__, properties)

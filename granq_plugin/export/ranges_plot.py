@@ -62,10 +62,9 @@ def plot_ranges(static: nn.Module, folded: nn.Module | None, path: str | Path) -
         from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
         figure = Figure(figsize=(max(8, 1.5 + 0.36 * len(names)), 4.8 + 1.8 * (len(stages) - 1)), layout="constrained")
         panels = figure.subplots(len(stages), 1, sharex=True, squeeze=False, height_ratios=(3, 1)[:len(stages)]).flatten()
+        dead = 0
         for axes, (label, scales) in zip(panels, stages.items()):
-            for i, name in enumerate(names):
-                if name in scales:
-                    _column(axes, i, scales[name])
+            dead += sum(_column(axes, i, scales[name]) for i, name in enumerate(names) if name in scales)
             axes.set(yscale="log", title=label, xlim=(-0.7, len(names) - 0.3))
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if label != "after folding" else (1, )))
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -74,12 +73,13 @@ def plot_ranges(static: nn.Module, folded: nn.Module | None, path: str | Path) -
             axes.grid(alpha=0.3)
         panels[-1].set_xticks(range(len(names)), names, rotation=90, fontsize=9)
         panels[0].set_ylabel("scale (real value of one step)")
-        figure.suptitle("Activation scales: dots are channels, bars the smallest and the largest, numbers above their ratio;\n"
-                        "triangles count channels below a thousandth of the largest", fontsize=11)
+        figure.suptitle("Activation scales: dots are channels, bars the smallest and the largest, numbers above their ratio"
+                        + (";\ntriangles count channels below a thousandth of the largest" if dead else ""), fontsize=11)
         FigureCanvasAgg(figure).print_png(str(part))
 
 
-def _column(axes, place: int, scale: Tensor) -> None:
+def _column(axes, place: int, scale: Tensor) -> int:
+    """Draw one activation; the number of its channels that a triangle counts."""
     alive = scale[scale >= DEAD * scale.max()]
     low, high = float(alive.min()), float(alive.max())
     jitter = torch.linspace(-0.3, 0.3, len(alive)) if len(alive) > 1 else torch.zeros(1)
@@ -89,7 +89,9 @@ def _column(axes, place: int, scale: Tensor) -> None:
         ratio = high / low
         axes.annotate(f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}", (place, high), xytext=(0, 4), textcoords="offset points",
                       ha="center", fontsize=8)
-    if len(alive) < len(scale):
+    dead = len(scale) - len(alive)
+    if dead:
         edge = axes.get_xaxis_transform()  # x: the activation's place, y: from the lower edge
         axes.plot(place - 0.15, 0.03, "v", color="#555555", markersize=5, transform=edge)
-        axes.text(place + 0.02, 0.03, f"{len(scale) - len(alive)}", va="center", fontsize=8, transform=edge)
+        axes.text(place + 0.02, 0.03, f"{dead}", va="center", fontsize=8, transform=edge)
+    return dead

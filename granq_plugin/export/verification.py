@@ -77,6 +77,8 @@ class Verification:
             lines.append(
                 f"  {a.executor}: {a.images} images, {a.exact} bit-equal, {a.close} within {self.rtol:g}, same top-1 {a.top1}, "
                 f"largest difference {a.max_abs:.3g} (relative {a.max_rel:.3g})")
+            if a.integers is not None and a.exact < a.images and a.max_abs:
+                lines.append("    outputs are float32 sums, which each program adds in its own order: the integers below decide")
             if a.correct is not None:
                 lines.append(f"    correct: file {a.correct}, torch {a.torch_correct}")
             if a.integers is None:

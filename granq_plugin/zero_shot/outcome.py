@@ -29,9 +29,9 @@ def save_outcome(
     sha256 = save_tensors(run_dir / "student.safetensors", result.student.state_dict())
     if len(result.images):
         save_tensors(run_dir / "images.safetensors", dict(images=result.images))
-    samples = _samples(result)
+    samples, classes = _samples(result)
     if len(samples):
-        plot_images(samples, run_dir / "images.png", mean, std)
+        plot_images(samples, run_dir / "images.png", mean, std, columns=classes or None, headings=[str(c) for c in range(classes)])
     plot_curves(result.metrics, run_dir / "curves.png")
     add_to_run(run_dir, summary | dict(student_sha256=sha256))
 
@@ -45,6 +45,12 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _samples(result: ZeroShotResult, count: int = 64) -> Tensor:
-    """Images to look at: the generator's, of all classes in turn, or the first of the memory."""
-    return result.images[:count] if result.generator is None else result.generator.sample(count)
+def _samples(result: ZeroShotResult, count: int = 64, most_columns: int = 16) -> tuple[Tensor, int]:
+    """Images to look at, and the number of columns that are a class each: the generator's, of all classes in turn, or the first
+    of the memory, whose classes are not known."""
+    if result.generator is None:
+        return result.images[:count], 0
+    classes = result.generator.embedding.num_embeddings
+    if classes > most_columns:
+        return result.generator.sample(count), 0
+    return result.generator.sample(count // classes * classes), classes

@@ -11,15 +11,30 @@ from granq_plugin.atomic import atomic_path
 
 __all__ = ["plot_curves", "plot_images"]
 
+WIDTH = 600
+"""Of a picture of images, about, in pixels."""
+
+PANELS = (
+    ("loss of the generator", dict(loss_generator="all of it", loss_bn="distance from BatchNorm statistics"), False),
+    ("loss of the student", dict(loss_student="distance from the teacher's answers"), True),
+    ("agreement and accuracy", dict(agreement="agreement with the teacher, synthetic images", accuracy="accuracy, test images"),
+     False))
+"""Title, names and words of metrics, whether logarithmic."""
+
 
 def plot_images(
-        images: Tensor, path: str | Path, mean: Sequence[float], std: Sequence[float], columns: int | None = None) -> None:
+        images: Tensor, path: str | Path, mean: Sequence[float], std: Sequence[float], columns: int | None = None,
+        headings: Sequence[str] = ()) -> None:
     """Write a PNG grid of normalized images ``[N, C, S, S]`` (1 or 3 channels); mean and std undo the normalization.
 
+    Pixels are squares of equal size, so many that the picture is about 600 wide.
+
     Args:
-        columns: images in a row; None: as many as rows.
+        columns: images in a row; None: as many as rows. headings: a word above each column.
     """
-    plt = _pyplot()
+    _pyplot()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     shape = (1, -1, 1, 1)
@@ -29,28 +44,43 @@ def plot_images(
     for i, image in enumerate(pixels):
         top, left = (i // columns) * (size + 2), (i % columns) * (size + 2)
         grid[:, top:top + size, left:left + size] = image
-    picture = grid.permute(1, 2, 0).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    factor = max(2, round(WIDTH / grid.shape[2]))
+    picture = grid.permute(1, 2, 0).repeat_interleave(factor, 0).repeat_interleave(factor, 1).expand(-1, -1, 3)
+    height, width = picture.shape[:2]
+    above = 22 if headings else 0
+    figure = Figure(figsize=(width / 100, (height + above) / 100), dpi=100, facecolor="white")
+    figure.figimage(picture.contiguous().numpy(), origin="upper")
+    for i, heading in enumerate(headings):
+        figure.text((i * (size + 2) + size / 2) * factor / width, (height + above / 2) / (height + above), heading, ha="center",
+                    va="center", fontsize=9, color="black")
     with atomic_path(path) as part:
-        plt.imsave(part, picture.expand(-1, -1, 3).contiguous().numpy(), format="png")
+        FigureCanvasAgg(figure).print_png(str(part))
 
 
 def plot_curves(metrics: Sequence[dict], path: str | Path) -> None:
-    """Write a PNG of losses, agreement and accuracy (where there is one) against iterations."""
+    """Write a PNG of losses, agreement and accuracy against iterations; what a run has none of is left out."""
     plt = _pyplot()
-    panels = [("losses of the generator", ("loss_generator", "loss_bn"), False), ("loss of the student", ("loss_student", ), True),
-              ("agreement on synthetic images, test accuracy", ("agreement", "accuracy"), False)]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    for axis, (title, names, logarithmic) in zip(axes, panels):
-        for name, style in zip(names, ("-", "--")):
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+    panels = [panel for panel in PANELS if any(name in row for name in panel[1] for row in metrics)] or PANELS[1:]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.6), layout="constrained", squeeze=False)
+    for axis, (title, names, logarithmic) in zip(axes[0], panels):
+        for (name, label), style in zip(names.items(), ("-", "--")):
             points = [(row["iterations"], 100 * row[name] if name == "agreement" else row[name]) for row in metrics if name in row]
             if points:
                 marker = "o" if len(points) < 30 else None
-                axis.plot(*zip(*points), style, marker=marker, markersize=3, label=name.replace("_", " "))
-        axis.set(title=title, xlabel="iterations", yscale="log" if logarithmic else "linear")
+                axis.plot(*zip(*points), style, marker=marker, markersize=3, label=label)
+        axis.set(title=title, xlabel="iterations")
+        if logarithmic:
+            axis.set_yscale("log")
+            low, high = axis.get_ylim()  # a decade and less: evenly spaced numbers
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(5))
+            axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.yaxis.set_minor_formatter(NullFormatter())
+        if "agreement" in names:
+            axis.set_ylabel("%")
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8)
-    axes[2].set_ylabel("%")
     with atomic_path(path) as part:
         figure.savefig(part, format="png", dpi=120)
     plt.close(figure)

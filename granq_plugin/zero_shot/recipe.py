@@ -33,6 +33,12 @@ class ZeroShotResult:
     metrics: list[dict]
     images: Tensor
 
+    def __repr__(self) -> str:
+        last = dict(self.metrics[-1]) if self.metrics else {}
+        iterations, rest = last.pop("iterations", 0), ", ".join(f"{k} {v:.4g}" for k, v in last.items())
+        return (f"ZeroShotResult of {iterations} iterations, {'without' if self.generator is None else 'with'} a generator\n"
+                f"  last metrics: {rest or 'none'}\n  images: {len(self.images)}")
+
 
 def zero_shot_qat(
         student: nn.Module,
@@ -56,7 +62,8 @@ def zero_shot_qat(
     Args:
         student: what :func:`granq_plugin.quantize` makes of the teacher, or any Brevitas network of the same classes; trained in
             place, on its device.
-        teacher: float network with BatchNorm layers, on the same device; left as it was.
+        teacher: float network with BatchNorm layers, on the same device. It runs in evaluation mode, whatever its own mode is, and
+            is left as it was: mode, statistics, parameters and their ``requires_grad``.
         images: ``[N, C, S, S]``, normalized as the network's input: train on these instead of a generator's, e.g. the images of
             another student's run. There is then no warm-up, and an iteration is one student step.
         run_dir: folder for ``config.toml``, ``run.json``, ``metrics.csv`` and ``checkpoint.pt`` (every
@@ -65,7 +72,7 @@ def zero_shot_qat(
         evaluate: called on the student (in evaluation mode) every ``evaluate_every`` epochs and after the last; its number is the
             metric ``accuracy``. It does not influence training.
         on_iteration: called with the number of iterations done and the iteration's scalars (tensors: reading one waits for a GPU).
-        on_epoch: called with each epoch's metrics.
+        on_epoch: called with each epoch's metrics; nothing is printed without it.
 
     Returns:
         :class:`ZeroShotResult`.
@@ -81,7 +88,11 @@ def zero_shot_qat(
         >>> teacher = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)).eval()
         >>> student = quantize(teacher, weight_bit_width=3, act_bit_width=3)
         >>> config = preset("cifar10", image_size=8, epochs=2, iterations=3, warmup_epochs=1)
-        >>> result = zero_shot_qat(student, teacher, config)
+        >>> result = zero_shot_qat(student, teacher, config, on_epoch=lambda row: print(row["epoch"], "of", config.epochs))
+        1 of 2
+        2 of 2
+        >>> sorted(result.metrics[-1])
+        ['agreement', 'epoch', 'images_per_second', 'iterations', 'loss_bn', 'loss_generator', 'loss_student', 'lr']
     """
     modes = {m: m.training for m in teacher.modules()}
     trainable = {p: p.requires_grad for p in teacher.parameters()}

@@ -81,6 +81,18 @@ class TestPicture:
         assert [s.tolist() for n, s in activation_scales(folded).items() if "input_quant" not in n] == [[1.0]] * (
             len(activation_scales(folded)) - 1)
 
+    @pytest.mark.parametrize("dead", [False, True])
+    def test_triangles_are_explained_where_there_are_some(self, tmp_path, monkeypatch, dead):
+        pytest.importorskip("matplotlib", reason="matplotlib (zoo extra) is not installed")
+        from matplotlib.figure import Figure
+        titles = []
+        monkeypatch.setattr(Figure, "suptitle", lambda figure, text, **_: titles.append(text))
+        static = quantized_as("static", "shortcuts")
+        drawn = {name: torch.tensor([1.0, 2e-3, 1e-4 if dead else 1.0]) for name in activation_scales(static)}
+        monkeypatch.setattr("granq_plugin.export.ranges_plot.activation_scales", lambda model: drawn)
+        plot_ranges(static, static, tmp_path / "ranges.png")
+        assert ("triangles" in titles[0]) == dead and "dots are channels" in titles[0]
+
     def test_bad_models(self, tmp_path):
         static = quantized_as("static", "mlp")
         with pytest.raises(ValueError, match="before folding has no static"):

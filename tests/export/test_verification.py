@@ -1,6 +1,7 @@
 """verify(): files that compute the same pass, files that do not are seen, damaged ones are refused."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,8 @@ def test_counts(exported):
         assert a.max_rel < 1e-5 and a.integers.values == 6 * (3 * 64 + 6 * 64 + 6 * 4) and a.integers.quantizers == 3
         assert a.integers.unequal == 0
     assert "6 within 1e-05" in str(result) and "3 quantizers" in str(result)
+    of_few = replace(result, agreements=tuple(replace(a, exact=0, max_abs=1e-7) for a in result.agreements))
+    assert "0 bit-equal" in str(of_few) and "its own order: the integers below decide" in str(of_few)
 
 
 def test_a_wrong_weight_is_seen(exported):

@@ -146,6 +146,9 @@ def test_images_of_another_run_instead_of_a_generator():
     assert result.generator is None and len(result.images) == 40
     assert result.metrics[-1]["loss_student"] < result.metrics[0]["loss_student"]
     assert "loss_bn" not in result.metrics[0] and result.metrics[0]["epoch"] == 1
+    for r, words in ((first, "ZeroShotResult of 12 iterations, with a generator"), (result, "80 iterations, without a generator")):
+        lines = repr(r).splitlines()
+        assert len(lines) == 3 and lines[0].endswith(words) and "agreement 0." in lines[1] and lines[2] == "  images: 40"
 
 
 def test_memory_keeps_the_latest_images():

@@ -83,6 +83,7 @@ def test_the_page_is_whole_and_loads_nothing(finished):
     parsed = Page(text)
     assert parsed.open == [] and len(parsed.images) == 4 and all(image["alt"] for image in parsed.images)
     assert all(a.startswith("data:image/png;base64,") for a in parsed.addresses) and "url(" not in text and "@import" not in text
+    assert "before folding in the upper panel" in text and not re.search(r"Left:|Right:|several orders", text)  # they are stacked
     for step in report["ladder"]:
         assert f"{step['top1']:.2f} %" in text and f"{step['correct']} of {COUNT}" in text
 

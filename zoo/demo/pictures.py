@@ -34,10 +34,11 @@ def draw(
     """
     paths = {name: out / f"{name}.png" for name in ("generated", "real")}
     normalization = card.preprocessing.mean, card.preprocessing.std
-    plot_images(generated, paths["generated"], *normalization, columns=card.num_classes)
+    columns = dict(columns=card.num_classes, headings=[str(label) for label in range(card.num_classes)])
+    plot_images(generated, paths["generated"], *normalization, **columns)
     rows = [(labels == label).nonzero().flatten()[:len(generated) // card.num_classes] for label in range(card.num_classes)]
     in_turn = [int(row[i]) for i in range(min(map(len, rows))) for row in rows]
-    plot_images(real[in_turn], paths["real"], *normalization, columns=card.num_classes)
+    plot_images(real[in_turn], paths["real"], *normalization, **columns)
     for style, suffix in (("light", ""), ("dark", "_dark")):
         ink, paper = _INK[style], _PAPER[style]
         colours = {f"{part}.color": ink for part in ("text", "xtick", "ytick")} | {
