@@ -30,7 +30,8 @@ class ChannelRescale(_BatchNorm):
         self.to(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps)
+        # what F.batch_norm calls; some versions of that refuse eps 0 in evaluation, too
+        return torch.batch_norm(x, self.weight, self.bias, self.running_mean, self.running_var, False, 0.0, self.eps, False)
 
 
 class Role(Enum):
