@@ -132,6 +132,14 @@ def test_help_shows_an_example_and_the_process_exits_with_the_code(folder):
     assert process.stderr.splitlines()[-1].startswith("granq: error: ")
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    process = subprocess.Popen([sys.executable, "-u", "-m", "granq_plugin", "zoo", "list"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    _, said = process.communicate()
+    assert process.returncode == 1 and "error" not in said and "Traceback" not in said
+
+
 def test_nothing_in_the_core_imports_the_extras():
     """The core install has torch, numpy and brevitas alone."""
     code = ("import sys, importlib.util\n"

@@ -29,6 +29,8 @@ def input_errors():
         if package not in _EXTRAS:
             raise
         raise click.ClickException(f"the package {package} is missing: pip install 'granq-plugin[{_EXTRAS[package]}]'") from e
+    except BrokenPipeError:  # the reader of the output has seen enough, as in `| head`: click ends silently
+        raise
     except (ValueError, TypeError, OSError, FloatingPointError) as e:
         raise click.ClickException(_one_line(e)) from e
     except (MemoryError, RuntimeError) as e:
