@@ -29,7 +29,8 @@ def test_to_static_freezes_the_float_network_s_average_ranges(build):
     assert torch.allclose(running_max, torch.stack(maxima).mean(0), rtol=1e-4)
     before = static(image(3))
     assert torch.equal(static(image(3)), before)  # no state moves any more
-    assert torch.equal(static(image(3))[:1], static(image(3)[:1]))  # nor does a sample depend on its batch
+    # nor does a sample depend on its batch, but for the order in which a processor's kernels add
+    torch.testing.assert_close(static(image(3))[:1], static(image(3)[:1]), rtol=1e-5, atol=1e-6)
     assert not any(isinstance(m, StaticGranQ) for m in dynamic.modules())
 
 

@@ -224,7 +224,7 @@ def qonnx_graph(**changes):
         nodes, "net", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 8, 8])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 2])],
         [numpy_helper.from_array(np.asarray(v, np.float32), k) for k, v in constants.items()])
-    return helper.make_model(graph)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13), helper.make_opsetid("qonnx.custom_op.general", 1)])
 
 
 def node(*args, **kwargs):
