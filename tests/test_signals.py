@@ -14,7 +14,8 @@ import torch.distributed as dist
 from granq_plugin.cli.options import MOST_WORDS, input_errors
 from granq_plugin.reading import load_torch
 
-LONG = ("epochs=50", "iterations=10", "warmup_epochs=1", "batch_size=8", "memory_size=0", "replay_steps=0", "checkpoint_every=1")
+# longer than the second process takes to start, on any machine: all runs are ended by signals
+LONG = ("epochs=200", "iterations=10", "warmup_epochs=1", "batch_size=8", "memory_size=0", "replay_steps=0", "checkpoint_every=1")
 
 
 def granq_qat(folder, *more) -> subprocess.Popen:
@@ -45,7 +46,7 @@ def test_a_run_ends_on_signals_and_is_alone_in_its_folder(tmp_path):
         assert said.splitlines()[-1] == f"granq: {word}; the same command with --resume goes on from the last checkpoint"
         assert not [p for p in folder.iterdir() if re.search(r"\.part\d+$", p.name)]
         done = load_torch(checkpoint)["iteration"]
-        assert before < done < 500
+        assert before < done < 2000
 
 
 @pytest.mark.parametrize("error, said", [
