@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from granq_plugin.cli.options import BitWidth, complete_names, input_errors, open_card, open_device
+from granq_plugin.cli.options import BitWidth, complete_names, input_errors, open_device
 from zoo.quantization import WEIGHT_REGIMES
 
 __all__ = ["evaluate"]
@@ -42,7 +42,8 @@ def evaluate(name, weight_bits, act_bits, weight_regime, static, calibration_dat
       granq evaluate resnet20_cifar10 --weight-bits 4 --act-bits 4 --data DIR --weights resnet20.pt
     """
     with input_errors():
-        card = open_card(name, dataset)
+        from zoo.registry import card_of
+        card = card_of(name, dataset)
     if static != (calibration_data is not None):
         raise click.UsageError("--static and --calibration-data FILE belong together: give both or neither")
     if json_path is not None and (json_path.is_dir() or not json_path.absolute().parent.is_dir()):

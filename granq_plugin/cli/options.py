@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 __all__ = [
-    "BitWidth", "advance", "complete_names", "complete_presets", "help_config", "input_errors", "join_ranks", "open_card",
-    "open_device", "settings_from"]
+    "BitWidth", "advance", "complete_names", "complete_presets", "help_config", "input_errors", "join_ranks", "open_device",
+    "settings_from"]
 
 _EXTRAS = dict(hls4ml="hls", tensorboard="tensorboard") | dict.fromkeys(
     ("matplotlib", "safetensors", "sklearn", "torchvision"), "zoo") | dict.fromkeys(
@@ -116,12 +116,6 @@ def open_device(name: str):
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"device {name!r} is not available here: {str(e).splitlines()[0]}") from e
     return device
-
-
-def open_card(name: str, dataset: str | None):
-    """The card of a float network: see :func:`zoo.registry.card_of`."""
-    from zoo.registry import card_of
-    return card_of(name, dataset)
 
 
 def join_ranks(device: str) -> str:

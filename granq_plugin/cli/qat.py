@@ -13,7 +13,6 @@ from granq_plugin.cli.options import (
     help_config,
     input_errors,
     join_ranks,
-    open_card,
     open_device,
     settings_from,
 )
@@ -76,9 +75,10 @@ def qat(name, out, weights, dataset, weight_bits, act_bits, activations, weight_
       granq qat resnet20_cifar10 --weight-bits 3 --act-bits 3 --weights resnet20.pt --out runs/w3a3 --data DIR
     """
     with input_errors():
+        from zoo.registry import card_of
         regime = weight_regime or ("per-output-channel-symmetric" if activations == "folded" else "per-output-channel")
         quantization = Quantization(weight_bits, act_bits, regime, activations, learned_scale, weight_range, act_range)
-        card = open_card(name, dataset)
+        card = card_of(name, dataset)
     if activations == "folded" and images_file is None:
         raise click.UsageError("--activations folded needs --images FILE, for ranges to fold: those of a run with memory_size")
     if evaluate_every and data is None and card.dataset != "digits":
