@@ -59,8 +59,8 @@ def keep_memory(keep: bool) -> None:
         mallopt(mmap_threshold, 2**17)
 
 
-def methods(channels: int) -> dict[str, Callable]:
-    """The quantizers by name: each takes and returns ``[B, C, H, W]``."""
+def methods(channels: int, device: str = "cpu") -> dict[str, Callable]:
+    """The quantizers by name: each takes and returns ``[B, C, H, W]``, on the device."""
     import brevitas.nn as qnn
     import torch
     from brevitas.core.function_wrapper.shape import OverBatchOverOutputChannelView
@@ -85,16 +85,19 @@ def methods(channels: int) -> dict[str, Callable]:
     def per_channel(x, shape):
         return x.view(*x.shape[:2], 1, 1)
 
-    static = qnn.QuantIdentity(gq.GranQActPerChannelStatic, bit_width=BITS)
-    static(torch.randn(2, channels, 4, 4))
+    def layer(act_quant):
+        return qnn.QuantIdentity(act_quant, bit_width=BITS).to(device)
+
+    static = layer(gq.GranQActPerChannelStatic)
+    static(torch.randn(2, channels, 4, 4, device=device))
     static.act_quant.fused_activation_quant_proxy.tensor_quant.init_scale()
     found = dict(
-        clone=torch.clone, granq=qnn.QuantIdentity(gq.GranQActPerChannel, bit_width=BITS), granq_static=static.eval(),
+        clone=torch.clone, granq=layer(gq.GranQActPerChannel), granq_static=static.eval(),
         granq_eager=lambda x: GF.granq(x, BITS).value, published=lambda x: printed_formula(x, BITS),
-        brevitas_per_tensor=qnn.QuantIdentity(ShiftedUint8DynamicActPerTensorFloat, bit_width=BITS),
-        brevitas_per_channel=qnn.QuantIdentity(ShiftedUint8DynamicActPerTensorFloat.let(
+        brevitas_per_tensor=layer(ShiftedUint8DynamicActPerTensorFloat),
+        brevitas_per_channel=layer(ShiftedUint8DynamicActPerTensorFloat.let(
             scaling_stats_input_view_shape_impl=OverBatchOverOutputChannelView, dynamic_scaling_broadcastable_fn=per_channel,
-            scaling_stats_permute_dims=None, stats_reduce_dim=2), bit_width=BITS),
+            scaling_stats_permute_dims=None, stats_reduce_dim=2)),
         fake_quantize=fake_quantize, loop=loop)
     try:
         from torchao.quantization.quant_primitives import MappingType, _fake_quantize_affine, choose_qparams_affine

@@ -4,8 +4,8 @@
 
 Networks with fresh weights, 3 bits, weights per kernel (the published regime). Both loops take turns in one process; medians of
 whole iterations, optimizers included. Then both run in phases (benchmarks/recipe_profile.py), in turns too. Replaces the rows of
-these networks, batch sizes, devices and threads in ``benchmarks/results/recipe.csv`` and ``recipe_profile.csv``, and both tables in
-docs/results.md.
+these networks, batch sizes, devices, threads and ways of compiling in ``benchmarks/results/recipe.csv`` and
+``recipe_profile.csv``, and both tables in docs/results.md.
 """
 
 import statistics
@@ -19,7 +19,7 @@ from benchmarks.rows import read, write
 
 RESULTS = Path(__file__).parent / "results"
 MARKER = "recipe: written by python -m benchmarks.recipe"
-KEYS = ("network", "device", "threads", "batch_size")
+KEYS = ("network", "device", "threads", "batch_size", "compile")
 FIELDS = (*KEYS, "published_ms", "ours_ms", "ratio", "published_spread_ms", "ours_spread_ms", "repeats")
 PROFILE_FIELDS = (*KEYS, "phase", "published_ms", "ours_ms")
 # name -> (function of zoo.models.cifar_resnet or torchvision.models, preset)
@@ -57,11 +57,13 @@ def loops(network: str, batch_size: int, device: str, **settings) -> tuple:
 
 
 def measure(functions: tuple, repeats: int, device: str) -> list[list[float]]:
-    """Milliseconds of each function, taking turns, after one warm-up each."""
+    """Milliseconds of each function, taking turns, after a warm-up each; what is recorded on a GPU then is."""
     import torch
-    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    on_gpu = device.startswith("cuda")
+    synchronize = torch.cuda.synchronize if on_gpu else lambda: None
     for f in functions:
-        f()
+        for _ in range(5 if on_gpu else 1):
+            f()
     times = [[] for _ in functions]
     for _ in range(repeats):
         for f, of_f in zip(functions, times):
@@ -98,7 +100,7 @@ def profile_table(rows: list[dict]) -> str:
     """Milliseconds by phase, published -> ours, a column for each setting."""
     settings = list(dict.fromkeys(_key(r) for r in rows))
     cells = {(_key(r), r["phase"]): f"{float(r['published_ms']):.0f} → {float(r['ours_ms']):.0f}" for r in rows}
-    heads = [f"{network}, {_device(dict(zip(KEYS, (network, *rest))))}, batch {rest[-1]}" for network, *rest in settings]
+    heads = [f"{s[0]}, {_device(dict(zip(KEYS, s)))}, batch {s[3]}" for s in settings]
     lines = ["| ms: published → ours | " + " | ".join(heads) + " |", "|---" * (len(settings) + 1) + "|"]
     lines += [f"| {phase} | " + " | ".join(cells[s, phase] for s in settings) + " |"
               for phase in dict.fromkeys(r["phase"] for r in rows)]
@@ -111,7 +113,9 @@ def tables() -> str:
 
 
 def _device(row: dict) -> str:
-    return row["device"] if row["device"] != "cpu" else f"cpu, {row['threads']} thread{'s' if int(row['threads']) > 1 else ''}"
+    if row["device"] == "cpu":
+        return f"cpu, {row['threads']} thread{'s' if int(row['threads']) > 1 else ''}"
+    return row["device"] + (", CUDA graphs" if row["compile"] == "cudagraphs" else "")
 
 
 def _key(row: dict) -> tuple[str, ...]:
@@ -127,7 +131,8 @@ def merge_rows(path: Path, fields: tuple[str, ...], rows: list[dict]) -> None:
     measured = {_key(r) for r in rows}
     kept = [r for r in read_rows(path) if _key(r) not in measured]
     order = list(NETWORKS)
-    merged = sorted(kept + rows, key=lambda r: (order.index(r["network"]), r["device"], int(r["threads"]), int(r["batch_size"])))
+    merged = sorted(kept + rows, key=lambda r: (
+        order.index(r["network"]), r["device"], int(r["threads"]), int(r["batch_size"]), r["compile"] != "off"))
     write(path, fields, merged)
 
 
@@ -138,7 +143,7 @@ def merge_rows(path: Path, fields: tuple[str, ...], rows: list[dict]) -> None:
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--compile", "mode", type=click.Choice(["off", "default", "cudagraphs"]), default="off", show_default=True,
-              help="Of ours; cudagraphs needs a GPU, where small batches are bound by launches.")
+              help="Of ours; cudagraphs needs a GPU, where small batches are bound by launches. Phases are timed with off alone.")
 @click.option("--table-only", is_flag=True, help="Write the tables of docs/results.md from the CSV files that are there.")
 def main(networks, batch_sizes, repeats, device, threads, mode, table_only) -> None:
     import torch
@@ -150,13 +155,15 @@ def main(networks, batch_sizes, repeats, device, threads, mode, table_only) -> N
             times = [sorted(t) for t in measure(functions, repeats, device)]
             medians = [statistics.median(t) for t in times]
             key = dict(network=network, device=torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-                       threads=threads, batch_size=batch_size)
+                       threads=threads, batch_size=batch_size, compile=mode)
             row = dict(
                 **key, published_ms=f"{medians[0]:.1f}", ours_ms=f"{medians[1]:.1f}", ratio=f"{medians[0] / medians[1]:.3f}",
                 published_spread_ms=f"{times[0][-1] - times[0][0]:.1f}", ours_spread_ms=f"{times[1][-1] - times[1][0]:.1f}",
                 repeats=repeats)
             click.echo(row)
             merge_rows(RESULTS / "recipe.csv", FIELDS, [row])
+            if mode != "off":
+                continue
             phases = [key | p for p in profile(published, training, noise, labels, (repeats + 1) // 2, device)]
             merge_rows(RESULTS / "recipe_profile.csv", PROFILE_FIELDS, phases)
     replace_table(MARKER, tables())

@@ -74,7 +74,7 @@ def test_phases_of_the_recipe_are_the_loops():
 
 
 def test_rows_of_a_setting_replace_those_of_the_same(tmp_path):
-    row = dict(zip(recipe.FIELDS, ("resnet20", "cpu", 2, 16, 30.0, 10.0, 3.0, 1, 1, 5)))
+    row = dict(zip(recipe.FIELDS, ("resnet20", "cpu", 2, 16, "off", 30.0, 10.0, 3.0, 1, 1, 5)))
     path = tmp_path / "recipe.csv"
     recipe.merge_rows(path, recipe.FIELDS, [row | dict(network="resnet18")])
     recipe.merge_rows(path, recipe.FIELDS, [row | dict(batch_size=200), row])

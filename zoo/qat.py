@@ -87,14 +87,20 @@ def train_student(
     def top1(network: nn.Module) -> float:
         return evaluate(network, test_set, card.preprocessing, device=device).top1
 
-    float_top1 = top1(teacher) if test_set and parallel.rank() == 0 else None
-    if float_top1 is not None and on_float_top1 is not None:
-        on_float_top1(float_top1)
+    float_top1 = None
+
+    def on_start() -> None:
+        nonlocal float_top1
+        if test_set and parallel.rank() == 0:
+            float_top1 = top1(teacher)
+            if on_float_top1 is not None:
+                on_float_top1(float_top1)
+
     network = quantization.build(teacher, card.example_input(), calibrate)
     result = zero_shot_qat(
         network.to(device), teacher.to(device), config, images=images, run_dir=run_dir, resume=resume,
         evaluate=(lambda trained: top1(deployed(trained))) if test_set else None, evaluate_every=evaluate_every or config.epochs,
-        on_iteration=on_iteration, on_epoch=on_epoch)
+        on_start=on_start, on_iteration=on_iteration, on_epoch=on_epoch)
     in_zoo = card.name in list_models() and get_card(card.name) == card
     summary = dict(network=card.name if in_zoo else "card.toml") | asdict(quantization) | dict(
         dataset=card.dataset, teacher_weights_sha256=teacher_sha256, images_sha256=images_sha256)

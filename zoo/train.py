@@ -145,6 +145,7 @@ def _train(model, data, preprocessing, config, directory, evaluate, on_step, on_
             first, metrics = state["epoch"], state["metrics"]
             if first not in range(config.epochs + 1) or len(metrics) != first:
                 raise ValueError(f"it is of epoch {first!r} of {config.epochs} and has metrics of {len(metrics)}")
+    images, labels = data.images.to(device), data.labels.to(device)  # a GPU would wait for every batch
     steps = len(data) // config.batch_size
     for epoch in range(first, config.epochs):
         model.train()
@@ -154,8 +155,8 @@ def _train(model, data, preprocessing, config, directory, evaluate, on_step, on_
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * config.lr_factor((epoch * steps + step) / (config.epochs * steps))
-            chosen = order[step * config.batch_size:(step + 1) * config.batch_size]
-            x, y = data.images[chosen].to(device), data.labels[chosen].to(device)
+            chosen = order[step * config.batch_size:(step + 1) * config.batch_size].to(device, non_blocking=True)
+            x, y = images[chosen], labels[chosen]
             x = preprocessing(random_crop_flip(x, config.crop_padding, config.flip, rng))
             if size != full:
                 x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)

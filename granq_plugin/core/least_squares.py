@@ -24,5 +24,7 @@ def errors_of_shares(
 
 def least_error_range(lo: Tensor, hi: Tensor, shares: Sequence[float], errors: Tensor) -> tuple[Tensor, Tensor]:
     """``(lo, hi)``, each channel's times the first of the shares with its least error; NaN stays."""
-    share = torch.tensor(shares, dtype=lo.dtype, device=lo.device)[errors.argmin(0)]
+    best, share = errors.argmin(0), torch.full_like(lo, shares[0])
+    for i, s in enumerate(shares[1:], 1):  # no copy from the host, for which a GPU would wait
+        share = torch.where(best == i, s, share)
     return share * lo, share * hi

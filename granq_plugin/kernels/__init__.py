@@ -1,9 +1,9 @@
 """Fused versions of the quantizers of :mod:`granq_plugin.functional`: the same results, bit for bit, at the price of a copy.
 
-On CPU a small C++ kernel that the system's compiler builds on first use (:mod:`~granq_plugin.kernels.native`), on GPU a Triton
-kernel of the dynamic quantizer (:mod:`~granq_plugin.kernels.triton_kernel`). Everything else (layouts they do not know, tracing,
-export, vmap, ``torch.compile``, no compiler) runs the operations of ``functional``. The environment variable ``GRANQ_KERNEL``
-forces one: "eager", "compiled" or "triton".
+On CPU a small C++ kernel that the system's compiler builds on first use (:mod:`~granq_plugin.kernels.native`), on GPU Triton
+kernels (:mod:`~granq_plugin.kernels.triton_kernel`, :mod:`~granq_plugin.kernels.triton_frozen`). Everything else (layouts they do
+not know, tracing, export, vmap, ``torch.compile``, no compiler) runs the operations of ``functional``. The environment variable
+``GRANQ_KERNEL`` forces one: "eager", "compiled" or "triton".
 """
 
 import os
@@ -56,7 +56,7 @@ def _choose(x: Tensor, channel_axis: int, layout_of=layout_of) -> tuple[str, Lay
         return "eager", None
     if name == "triton" or (name is None and x.is_cuda):
         problem = _why_not_triton(x)
-        chosen = "triton" if problem is None and layout.scale_shape and x.dtype != torch.float64 else "eager"
+        chosen = "triton" if problem is None and x.dtype != torch.float64 else "eager"
     elif not x.is_cpu:
         return "eager", None
     else:
@@ -126,8 +126,13 @@ def affine_quantize(
         As there. Keeps one bit of each value for the backward.
     """
     chosen, layout = _choose(x, channel_axis, static_layout_of if scale.numel() != 1 else whole_layout_of)
-    if chosen == "compiled":
+    if chosen != "eager":
         wide = torch.promote_types(x.dtype, torch.float32)
-        if all(t.dtype == wide and t.is_cpu and t.is_contiguous() and t.numel() == layout.channels for t in (scale, zero_point)):
-            return compiled.affine_quantize(x, scale.detach(), zero_point.detach(), limits, layout, before)
+        if all(t.dtype == wide and t.device == x.device and t.is_contiguous() and t.numel() == layout.channels
+               for t in (scale, zero_point)):
+            if chosen == "compiled":
+                kernel = compiled
+            else:
+                from granq_plugin.kernels import triton_frozen as kernel
+            return kernel.affine_quantize(x, scale.detach(), zero_point.detach(), limits, layout, before)
     return GF.affine_quantize(before.apply(x), scale, zero_point, limits)

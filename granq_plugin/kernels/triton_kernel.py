@@ -97,27 +97,33 @@ def _granq(
         tl.store(y_ptr + address, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
+def _tile(layout: Layout) -> tuple[int, int, int]:
+    """``(rows, values of a row, warps)`` of a program."""
+    n, channels = layout.outer * layout.inner, triton.next_power_of_2(layout.channels)
+    if layout.inner == 1 and layout.outer > 1:  # channels_last: whole cache lines of neighbouring channels
+        rows, block = min(32, channels), min(triton.next_power_of_2(n), 256)
+    else:
+        block = triton.next_power_of_2(n) if n <= LONGEST_ROW else _TILE
+        rows = min(max(1, _TILE // block), 64, channels)
+    return rows, block, max(4, min(32, rows * block // 1024))
+
+
 def _forward(x: Tensor, bit_width: int, layout: Layout, before: Before, needs_mask: bool):
     samples, outer, channels, inner = layout[:4]
     y = torch.empty_like(x)
-    mask = torch.empty_like(x, dtype=torch.int8) if needs_mask else x
+    mask = torch.empty_like(x, dtype=torch.bool) if needs_mask else None
     scale, zero_point = (torch.empty(layout.scale_shape, dtype=torch.float32, device=x.device) for _ in range(2))
     n = outer * inner
-    one_block = n <= LONGEST_ROW
-    block = triton.next_power_of_2(n) if one_block else _TILE
-    rows = min(max(1, _TILE // block), 64, triton.next_power_of_2(channels))
-    if inner == 1 and outer > 1:  # channels_last: whole cache lines of neighbouring channels
-        rows, block = min(32, triton.next_power_of_2(channels)), min(block, 512)
-        one_block = n <= block
+    rows, block, warps = _tile(layout)
     tiles = triton.cdiv(channels, rows)
     levels, largest = 2**bit_width - 1, torch.finfo(torch.float32).max
     clamp, low, high, above, below, nan_passes = before.limits(x.dtype)
     _granq[(samples * tiles, )](
-        x, y, mask, scale, zero_point, channels, inner, outer * channels * inner, channels if inner == 1 and outer > 1 else 1, n,
-        tiles, levels / 2, levels / largest, MIN_RANGE / 2, low, high, above, below, torch.finfo(x.dtype).max, nan_passes,
-        float("nan"), CLAMP=bool(clamp), MASK=needs_mask, NARROW=x.dtype != torch.float32, ROWS=rows, BLOCK=block,
-        ONE_BLOCK=one_block, enable_fp_fusion=False)
-    return y, scale, zero_point, mask if needs_mask else None
+        x, y, mask.view(torch.int8) if needs_mask else x, scale, zero_point, channels, inner, outer * channels * inner,
+        channels if inner == 1 and outer > 1 else 1, n, tiles, levels / 2, levels / largest, MIN_RANGE / 2, low, high, above, below,
+        torch.finfo(x.dtype).max, nan_passes, float("nan"), CLAMP=bool(clamp), MASK=needs_mask, NARROW=x.dtype != torch.float32,
+        ROWS=rows, BLOCK=block, ONE_BLOCK=n <= block, num_warps=warps, enable_fp_fusion=False)
+    return y, scale, zero_point, mask
 
 
 class _GranQ(torch.autograd.Function):
@@ -132,7 +138,7 @@ class _GranQ(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor | None, *unused):
         if grad is not None and ctx.mask is not None:
-            grad = torch.where(ctx.mask != 0, grad, 0)
+            grad = torch.where(ctx.mask, grad, 0)
         return grad, None, None, None
 
 

@@ -38,6 +38,7 @@ class ZeroShotConfig(Settings):
     student_optimizer: str = setting("sgd", "sgd: Nesterov, as published; adam: AdamW", choices=("sgd", "adam"))
     student_lr: float = setting(1e-4, "learning rate of the student", above=0)
     student_lr_warmup: int = setting(0, "the student's first iterations, over which its learning rate rises linearly", least=0)
+    scale_lr_factor: float = setting(1.0, "learned scales of static activations learn at student_lr times this", above=0)
     momentum: float = setting(0.9, "of the student's SGD", least=0, most=0.999)
     weight_decay: float = setting(1e-4, "of the student", least=0)
     generator_lr: float = setting(1e-3, "learning rate of the generator (Adam)", above=0)
@@ -76,7 +77,8 @@ class ZeroShotConfig(Settings):
     bf16: bool = setting(False, "autocast the networks to bfloat16; quantizers, losses and statistics stay float32")
     channels_last: bool = setting(True, "run the convolutions in channels_last layout: a fifth faster on CPU")
     compile: str = setting(
-        "off", "torch.compile of teacher, student and generator; cudagraphs needs a GPU", choices=("off", "default", "cudagraphs"))
+        "off", "default: torch.compile of teacher, student and generator; cudagraphs: every step is recorded once and launched as "
+        "one (one GPU)", choices=("off", "default", "cudagraphs"))
     checkpoint_every: int = setting(200, "iterations between checkpoints, in a run directory", least=1)
 
     def __post_init__(self) -> None:

@@ -40,7 +40,8 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ``[B, O, 2H, 2W]``.
     """
     # x[i] reaches output 2i + t - 1 through the taps 2 - t (as pixel 2i of the upsampled) and 3 - t (as pixel 2i + 1)
-    taps = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])  # [t, tap of 3]
+    place = torch.arange(4, device=weight.device)[:, None] + torch.arange(3, device=weight.device)
+    taps = ((place == 2) | (place == 3)).to(weight.dtype)  # [t, tap of 3]; computed, as a GPU would wait for a copy
     kernel = torch.einsum("tk,ul,oikl->iotu", taps, taps, weight)
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         kernel = kernel.contiguous(memory_format=torch.channels_last)

@@ -50,6 +50,7 @@ def zero_shot_qat(
         resume: bool = False,
         evaluate: Callable[[nn.Module], float] | None = None,
         evaluate_every: int = 1,
+        on_start: Callable[[], object] | None = None,
         on_iteration: Callable[[int, dict[str, Tensor]], object] | None = None,
         on_epoch: Callable[[dict], object] | None = None) -> ZeroShotResult:
     """Train a quantized student to behave like its float teacher, without data (arXiv 2503.18339).
@@ -71,6 +72,7 @@ def zero_shot_qat(
         resume: go on from the checkpoint in run_dir; on the CPU, bit-identical to a run that was never interrupted.
         evaluate: called on the student (in evaluation mode) every ``evaluate_every`` epochs and after the last; its number is the
             metric ``accuracy``. It does not influence training.
+        on_start: called when everything is checked and run_dir is open, before anything is trained.
         on_iteration: called with the number of iterations done and the iteration's scalars (tensors: reading one waits for a GPU).
         on_epoch: called with each epoch's metrics; nothing is printed without it.
 
@@ -103,6 +105,8 @@ def zero_shot_qat(
         directory = None
         if run_dir is not None:
             directory = stack.enter_context(RunDirectory(run_dir, config, dict(teacher=teacher, student=student), resume))
+        if on_start:
+            on_start()
         with directory.checkpoint() if directory else nullcontext() as state:
             training = Training(student, teacher, config, images, state)
         while training.iteration < config.total_iterations:
@@ -154,6 +158,8 @@ def _check(student: nn.Module, teacher: nn.Module, config: ZeroShotConfig, image
         raise ValueError(f"student and teacher must be on one device; they are on {own.device} and {like.device}")
     if config.compile == "cudagraphs" and like.device.type != "cuda":
         raise ValueError(f"compile='cudagraphs' needs a GPU; the teacher is on {like.device}")
+    if config.compile == "cudagraphs" and parallel.world_size() > 1:
+        raise ValueError(f"compile='cudagraphs' is for one process, and these are {parallel.world_size()}: use off or default")
     with torch.no_grad():
         try:
             logits = teacher(torch.zeros(2, *shape, device=like.device, dtype=like.dtype))

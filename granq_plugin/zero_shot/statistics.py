@@ -15,6 +15,8 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def _mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel, float32 or wider, in two passes."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if x.is_cuda:
+        return torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)[::-1]
     if x.dim() == 4 and x.shape[1] > 1 and x.is_contiguous(memory_format=torch.channels_last):
         return torch.batch_norm_update_stats(x, None, None, 0.0)  # without the temporary of below, but slow in other layouts
     axes = [d for d in range(x.dim()) if d != 1]

@@ -48,6 +48,12 @@ class StepResult:
     student_grads: Sequence[Tensor]
     log: dict[str, Tensor]
 
+    def copied(self) -> "StepResult":
+        """The same values in memory of their own."""
+        return StepResult(
+            self.images.clone(), self.teacher_logits.clone(), [g.clone() for g in self.generator_grads],
+            [g.clone() for g in self.student_grads], {name: v.clone() for name, v in self.log.items()})
+
 
 def generator_loss(t: Tensor, q: Tensor, y: Tensor, bn_loss: Tensor, config: ZeroShotConfig) -> Tensor:
     """L_G of images with labels y: margins, dis- and agreement, BatchNorm statistics (method: AdaDFQ)."""

@@ -13,6 +13,7 @@ from granq_plugin.zero_shot import parallel
 from granq_plugin.zero_shot.config import ZeroShotConfig
 from granq_plugin.zero_shot.features import FeaturePairs
 from granq_plugin.zero_shot.generator import Generator
+from granq_plugin.zero_shot.graphs import RecordedStep
 from granq_plugin.zero_shot.memory import ImageMemory
 from granq_plugin.zero_shot.step import ObservedTeacher, StepResult, generator_step, student_step
 from granq_plugin.zero_shot.weights import WeightAverage, at_sharpest_neighbour, load_optimizer
@@ -43,7 +44,7 @@ class Training:
         self.like = next(student.parameters()).detach()
         self.rng = torch.Generator().manual_seed(config.seed)
         self.generator = _new_generator(config).to(self.like) if images is None else None
-        self.memory = ImageMemory(config.memory_size)
+        self.memory = ImageMemory(config.memory_size, self.like.device)
         self.iteration = 0
         self.metrics: list[dict] = []
         self._sums: dict[str, Tensor] = {}
@@ -60,10 +61,10 @@ class Training:
         if images is not None:
             self._fill(images, teacher)
         self._compiled = [self.observed, self.student, self.generator]
-        if config.compile != "off":
-            mode = "reduce-overhead" if config.compile == "cudagraphs" else None
+        self._recorded: dict[str, RecordedStep] = {}
+        if config.compile == "default":
             torch._functorch.config.donated_buffer = False  # the student's graph is walked twice
-            self._compiled = [None if m is None else torch.compile(m, mode=mode) for m in self._compiled]
+            self._compiled = [None if m is None else torch.compile(m) for m in self._compiled]
         if state is not None:
             self._load(state)
 
@@ -82,7 +83,7 @@ class Training:
         student_lr = config.student_lr * self._warmup_factor()
         for optimizer, lr in ((self.optimizer, student_lr), (self.generator_optimizer, config.generator_lr)):
             for group in optimizer.param_groups if optimizer else ():
-                group["lr"] = lr * config.lr_factor(self.iteration)
+                group["lr"] = lr * config.lr_factor(self.iteration) * (config.scale_lr_factor if group.get("scales") else 1)
         trains_student = self.iteration >= self.first_student_iteration
         log = self._generator_iteration(trains_student) if self.generator else {}
         if trains_student:
@@ -99,11 +100,15 @@ class Training:
         labels = torch.randint(config.num_classes, (config.batch_size, ), generator=self.rng)
         params = list(self.generator.parameters())
         student_params = self._student_params() if trains_student else []
-        teacher, student, generator = self._compiled
+
+        def step(z: Tensor, y: Tensor) -> StepResult:
+            teacher, student, generator = self._compiled
+            return generator_step(teacher, student, generator, z, y, params, student_params, config, self.features)
+
         results = []
         for z, y in zip(noise.chunk(config.accumulation_steps), labels.chunk(config.accumulation_steps)):
-            z, y = parallel.shard(z).to(self.like.device), parallel.shard(y).to(self.like.device)
-            results.append(generator_step(teacher, student, generator, z, y, params, student_params, config, self.features))
+            z, y = (parallel.shard(v).to(self.like.device, non_blocking=True) for v in (z, y))
+            results.append(self._run("both" if trains_student else "generator", step, z, y))
         _update(self.generator_optimizer, params, _mean_grads([r.generator_grads for r in results]))
         if trains_student:
             self._update_student(student_params, results)
@@ -122,7 +127,19 @@ class Training:
         return _mean_log(results)
 
     def _student_step(self, images: Tensor, teacher_logits: Tensor, params: list[nn.Parameter]) -> StepResult:
-        return student_step(self._compiled[1], images, teacher_logits, params, self.config, self.features, self.teacher)
+        def step(x: Tensor, t: Tensor) -> StepResult:
+            return student_step(self._compiled[1], x, t, params, self.config, self.features, self.teacher)
+
+        return self._run("student", step, images, teacher_logits)
+
+    def _run(self, name: str, step: Callable[..., StepResult], *inputs: Tensor) -> StepResult:
+        """``step(*inputs)``; where CUDA graphs are asked for, recorded under its name, once static ranges no longer move."""
+        if self.config.compile != "cudagraphs" or self._ranges_move:
+            return step(*inputs)
+        if name not in self._recorded:
+            self._recorded[name] = RecordedStep(step)
+        result = self._recorded[name](*inputs)
+        return result.copied() if self.config.accumulation_steps > 1 else result
 
     def _update_student(self, params: list[nn.Parameter], results: list[StepResult]) -> None:
         grads = _mean_grads([r.student_grads for r in results])
@@ -142,11 +159,14 @@ class Training:
         self.student.eval()
         if self.generator:
             self.generator.train()
-        moving = self.iteration < self.freeze_at
         for quantizer in self._static:
-            quantizer.train(moving)
-            if not moving:
+            quantizer.train(self._ranges_move)
+            if not self._ranges_move:
                 quantizer.init_scale()
+
+    @property
+    def _ranges_move(self) -> bool:
+        return bool(self._static) and self.iteration < self.freeze_at
 
     def end_epoch(self) -> dict:
         """The epoch's metrics so far; the caller may add to them.
@@ -221,7 +241,7 @@ class Training:
             self.observed.statistics.remove()
 
     def _fill(self, images: Tensor, teacher: nn.Module) -> None:
-        self.memory = ImageMemory(len(images))
+        self.memory = ImageMemory(len(images), self.like.device)
         with torch.no_grad():
             for batch in images.split(250):
                 x = batch.to(torch.float16)  # as the student will see them
@@ -245,7 +265,8 @@ def _student_optimizer(student: nn.Module, config: ZeroShotConfig) -> torch.opti
     for name, p in student.named_parameters():
         if p.requires_grad:
             (scales if name.endswith("learned_scale") else others).append(p)
-    groups = [dict(params=others, weight_decay=config.weight_decay)] + ([dict(params=scales, weight_decay=0.0)] if scales else [])
+    groups = [dict(params=others, weight_decay=config.weight_decay)] + (
+        [dict(params=scales, weight_decay=0.0, scales=True)] if scales else [])
     if config.student_optimizer == "adam":
         return torch.optim.AdamW(groups, config.student_lr)
     return torch.optim.SGD(groups, config.student_lr, config.momentum, nesterov=config.momentum > 0)

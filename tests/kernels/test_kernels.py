@@ -320,6 +320,47 @@ def test_triton_in_its_interpreter():
     assert run_python(_TRITON, TRITON_INTERPRET="1", GRANQ_KERNEL="triton").split()[-1] == "27"
 
 
+_TRITON_FROZEN = """
+import torch
+from granq_plugin import functional as GF, kernels
+import oracles
+from granq_plugin.kernels import Before, triton_frozen
+torch.manual_seed(0)
+triton_frozen._TILE = 32  # so that small tensors take several tiles
+cl, weights = torch.channels_last, [((6, 3, 3, 3), None, 0), ((4, 6, 3, 3), None, 1), ((5, 7), None, 0)]
+cases = [(s, f, a, d, b) for s, f, a in [((2, 3, 5, 5), None, 1), ((2, 33, 3, 5), cl, 1), ((3, 7), None, 1), *weights]
+         for d in (torch.float32, torch.bfloat16, torch.float16) for b in (Before(True, None, 0.9), Before(True), Before())]
+for shape, memory_format, axis, dtype, before in cases:
+    for per_channel in (True, False):
+        x = torch.randn(shape)
+        x.view(-1)[3:6] = torch.tensor([float("nan"), float("inf"), 0.0])
+        x = x.to(dtype).contiguous(memory_format=memory_format or torch.contiguous_format)
+        ends = torch.rand([n if per_channel and d == axis else 1 for d, n in enumerate(shape)])
+        signed = before == Before()
+        scale, zero_point = GF.affine_params(-ends if signed else 0.1 - ends, ends, 3, signed)
+        limits = GF.integer_limits(3, signed)
+        assert kernels.backend(x) == "triton"
+        a, b = (x.clone().requires_grad_() for _ in range(2))
+        calls = []
+        launch, triton_frozen._launch = triton_frozen._launch, lambda layout: calls.append(layout) or launch(layout)
+        actual = kernels.affine_quantize(a, scale, zero_point, limits, axis, before)
+        triton_frozen._launch = launch
+        assert calls, (shape, axis)
+        expected = GF.affine_quantize(before.apply(b), scale, zero_point, limits)
+        oracles.assert_equal(actual, expected)
+        incoming = torch.randn(shape).to(dtype)
+        actual.backward(incoming), expected.backward(incoming)
+        oracles.assert_equal(a.grad, b.grad)
+print(len(cases))
+"""
+
+
+def test_triton_of_frozen_ranges_in_its_interpreter():
+    """Activations and weights, one range for each channel or for all, in rows and columns, clipped values and their gradients."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    assert run_python(_TRITON_FROZEN, TRITON_INTERPRET="1", GRANQ_KERNEL="triton").split()[-1] == "54"
+
+
 def test_triton_compiles_for_a_gpu_without_fused_operations():
     """To PTX, which needs no GPU: divisions round correctly and nothing is contracted."""
     triton = pytest.importorskip("triton", reason="triton is not installed")

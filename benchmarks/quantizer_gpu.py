@@ -1,0 +1,226 @@
+"""What does the quantizer cost on a GPU, beside copying the tensor and beside its peers?
+
+    python -m benchmarks.quantizer_gpu [--seconds 0.3] [--part shapes|scaling|memory]
+
+The methods of ``benchmarks.quantizer`` in float32. Every call of a round meets another input, so that none lies in the cache. Two
+ways of launching: from Python, as a network in eager mode does, and recorded as a CUDA graph, which leaves the work of the GPU
+alone. All methods take turns, round after round, in one process; medians and quartiles by the GPU's clock. Writes
+``quantizer_gpu*.csv`` into ``benchmarks/results``, and the table in docs/results.md.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from benchmarks.quantizer import LABELS, MODES, methods
+from benchmarks.readme import replace_table
+from benchmarks.rows import read, write
+
+RESULTS = Path(__file__).parent / "results"
+MARKER = "quantizer-gpu: written by python -m benchmarks.quantizer_gpu"
+SHAPES = (
+    ((64, 64, 32, 32), "contiguous_format"), ((64, 64, 32, 32), "channels_last"), ((16, 256, 56, 56), "contiguous_format"),
+    ((16, 256, 56, 56), "channels_last"), ((64, 256, 56, 56), "contiguous_format"), ((64, 256, 56, 56), "channels_last"),
+    ((256, 64, 112, 112), "contiguous_format"), ((16, 16, 32, 32), "contiguous_format"))
+LAUNCHES = ("graph", "eager")
+PARTS = ("shapes", "scaling", "memory")
+FIELDS = ("device", "shape", "memory_format", "mode", "launch", "method", "median_us", "low_us", "high_us", "ratio_to_clone",
+          "gb_per_s", "rounds")
+SCALING_FIELDS = ("device", "channels", "megabytes", "method", "ns_per_value", "rounds")
+MEMORY_FIELDS = ("device", "shape", "mode", "method", "peak_extra_tensors")
+CACHE_BYTES = 2**28  # more than any GPU's cache
+SLOW = ("loop", )  # of very many launches
+
+
+def inputs(shape: tuple[int, ...], memory_format: str) -> list:
+    """As many as no cache holds, at least two."""
+    import torch
+    count = max(2, -(-CACHE_BYTES // (4 * math.prod(shape))))
+    return [torch.randn(shape, device="cuda").contiguous(memory_format=getattr(torch, memory_format)) for _ in range(count)]
+
+
+def caller(quantizer: Callable, tensors: list, mode: str) -> Callable[[], None]:
+    """Calls the quantizer on every tensor."""
+    import torch
+    if mode == "forward":
+        def run() -> None:
+            with torch.no_grad():
+                for x in tensors:
+                    quantizer(x)
+        return run
+    leaves, grad = [x.detach().requires_grad_() for x in tensors], torch.randn_like(tensors[0])
+
+    def run_both() -> None:
+        for x in leaves:
+            torch.autograd.grad(quantizer(x), x, grad)
+    return run_both
+
+
+def recorded(run: Callable[[], None]) -> Callable[[], None] | None:
+    """``run`` as a CUDA graph; None if it cannot be recorded: it reads values back."""
+    import torch
+    from torch import cuda
+    stream = cuda.Stream()
+    stream.wait_stream(cuda.current_stream())
+    with cuda.stream(stream):
+        run()
+    cuda.current_stream().wait_stream(stream)
+    graph = cuda.CUDAGraph()
+    try:
+        with cuda.graph(graph):
+            run()
+    except (RuntimeError, torch.AcceleratorError):
+        cuda.synchronize()
+        return None
+    return graph.replay
+
+
+def in_turns(functions: dict[str, Callable], calls: int, seconds: float, least: int = 5) -> dict[str, list[float]]:
+    """Microseconds of each function's calls, by the GPU's clock, round after round."""
+    from torch import cuda
+    for f in functions.values():
+        f()
+    cuda.synchronize()
+    times, start, rounds = {name: [] for name in functions}, time.perf_counter(), 0
+    while rounds < least or time.perf_counter() - start < seconds:
+        rounds += 1
+        for name, f in functions.items():
+            begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+            begin.record()
+            f()
+            end.record()
+            end.synchronize()
+            times[name].append(1000 * begin.elapsed_time(end) / calls)
+    return times
+
+
+def functions_of(quantizers: dict[str, Callable], tensors: list, mode: str, launch: str) -> dict[str, Callable]:
+    runs = {name: caller(q, tensors, mode) for name, q in quantizers.items() if launch == "graph" or name not in SLOW}
+    if launch == "eager":
+        return runs
+    return {name: f for name, f in ((n, recorded(run)) for n, run in runs.items()) if f is not None}
+
+
+def measure_shapes(seconds: float, device: str) -> list[dict]:
+    from torch import cuda
+    rows = []
+    for shape, memory_format in SHAPES:
+        tensors = inputs(shape, memory_format)
+        for mode in MODES:
+            for launch in LAUNCHES:
+                functions = functions_of(methods(shape[1], "cuda"), tensors, mode, launch)
+                times = in_turns(functions, len(tensors), seconds)
+                floor = statistics.median(times["clone"])
+                for method, of_method in times.items():
+                    low, median, high = statistics.quantiles(of_method, n=4)
+                    rows.append(dict(zip(FIELDS, (
+                        device, "x".join(map(str, shape)), memory_format, mode, launch, method, f"{median:.2f}", f"{low:.2f}",
+                        f"{high:.2f}", f"{median / floor:.3f}", f"{8 * math.prod(shape) / median / 1e3:.1f}", len(of_method)))))
+                click.echo(f"{shape} {memory_format} {mode} {launch}, clone {floor:.1f} us: " + ", ".join(
+                    f"{r['method']} {r['ratio_to_clone']}" for r in rows[-len(times):]))
+                del functions
+                cuda.empty_cache()
+    return rows
+
+
+def measure_scaling(seconds: float, device: str) -> list[dict]:
+    """Nanoseconds per value against C at 64 MB; all points take turns."""
+    functions, count = {}, 0
+    for channels in (16, 32, 64, 128, 256, 512, 1024, 2048):
+        tensors = inputs((64, channels, 2**14 // channels, 16), "contiguous_format")
+        count = len(tensors)
+        quantizers = {n: q for n, q in methods(channels, "cuda").items() if n in ("clone", "granq")}
+        functions |= {(channels, n): f for n, f in functions_of(quantizers, tensors, "forward", "graph").items()}
+    return [dict(device=device, channels=channels, megabytes=64, method=method, rounds=len(of_method),
+                 ns_per_value=f"{1e3 * statistics.median(of_method) / 2**24:.5f}")
+            for (channels, method), of_method in in_turns(functions, count, seconds * 4).items()]
+
+
+def measure_memory(device: str) -> list[dict]:
+    """Most memory allocated at a time, the result included, in tensors of the input's size."""
+    import torch
+    rows, shape = [], SHAPES[0][0]
+    for mode in MODES:
+        for method, quantizer in methods(shape[1], "cuda").items():
+            run = caller(quantizer, inputs(shape, "contiguous_format")[:1], mode)
+            run()
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            run()
+            rows.append(dict(device=device, shape="x".join(map(str, shape)), mode=mode, method=method, peak_extra_tensors=
+                             f"{(torch.cuda.max_memory_allocated() - before) / (4 * math.prod(shape)):.3f}"))
+    return rows
+
+
+def table(rows: list[dict], scaling: list[dict], memory: list[dict]) -> str:
+    """Markdown: times as multiples of torch.clone's, in graphs and from Python."""
+    def size(row: dict) -> int:
+        return math.prod(map(int, row["shape"].split("x")))
+
+    shapes = list(dict.fromkeys((r["shape"], r["memory_format"]) for r in rows if size(r) >= 2**22))
+    cell = {(r["shape"], r["memory_format"], r["mode"], r["launch"], r["method"]): r for r in rows}
+    names = list(dict.fromkeys(r["method"] for r in rows))
+
+    def value(method, *key) -> str:
+        r = cell.get((*key, method))
+        if r is None:
+            return ""
+        return f"{float(r['median_us']):.0f} µs" if method == "clone" else f"{float(r['ratio_to_clone']):.2f}"
+
+    lines = [f"{rows[0]['device']}, float32, 4 bits, recorded as CUDA graphs; times as multiples of `torch.clone`'s (its "
+             "microseconds in the first row; cl: channels_last).", "",
+             "| forward | " + " | ".join(f"[{s.replace('x', ', ')}]{' cl' if f == 'channels_last' else ''}" for s, f in shapes)
+             + " | peak memory, tensors |", "|---" * (len(shapes) + 2) + "|"]
+    for method in names:
+        peak = next(r for r in memory if r["method"] == method and r["mode"] == "forward")["peak_extra_tensors"]
+        lines.append(f"| {LABELS[method]} | " + " | ".join(value(method, *s, "forward", "graph") for s in shapes)
+                     + f" | {float(peak):.2f} |")
+    largest = max(rows, key=size)
+    big = largest["shape"], largest["memory_format"]
+    lines += ["", f"Other ways, [{big[0].replace('x', ', ')}]:", "",
+              "| | " + " | ".join(f"{m}, {w}" for m in MODES for w in ("graph", "from Python")) + " |", "|---" * 5 + "|"]
+    lines += [f"| {LABELS[method]} | " + " | ".join(value(method, *big, m, w) for m in MODES for w in LAUNCHES) + " |"
+              for method in names]
+    granq, clone = ([float(r["ns_per_value"]) for r in scaling if r["method"] == m] for m in ("granq", "clone"))
+    lines += ["", f"GranQ's cost per value from C = 16 to C = 2048 at 64 MB: {min(granq):.4f} to {max(granq):.4f} ns (largest / "
+              f"smallest {max(granq) / min(granq):.2f}; `torch.clone`: {max(clone) / min(clone):.2f})."]
+    return "\n".join(lines)
+
+
+def read_rows(name: str) -> list[dict]:
+    return read(RESULTS / name)
+
+
+def tables() -> str:
+    """What stands in docs/results.md."""
+    return table(*map(read_rows, ("quantizer_gpu.csv", "quantizer_gpu_scaling.csv", "quantizer_gpu_memory.csv")))
+
+
+@click.command(help=__doc__)
+@click.option("--seconds", type=click.FloatRange(min=0.01), default=0.3, show_default=True, help="for each shape, mode and launch")
+@click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, default=PARTS, show_default=True)
+@click.option("--table-only", is_flag=True, help="Write the table of docs/results.md from the CSV files that are there.")
+def main(seconds: float, parts: tuple[str, ...], table_only: bool) -> None:
+    if table_only:
+        return replace_table(MARKER, tables())
+    import torch
+    if not torch.cuda.is_available():
+        raise click.ClickException("torch sees no GPU here; python -m benchmarks.quantizer measures on the CPU")
+    torch.manual_seed(0)
+    device = torch.cuda.get_device_name()
+    if "shapes" in parts:
+        write(RESULTS / "quantizer_gpu.csv", FIELDS, measure_shapes(seconds, device))
+    if "scaling" in parts:
+        write(RESULTS / "quantizer_gpu_scaling.csv", SCALING_FIELDS, measure_scaling(seconds, device))
+    if "memory" in parts:
+        write(RESULTS / "quantizer_gpu_memory.csv", MEMORY_FIELDS, measure_memory(device))
+    replace_table(MARKER, tables())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The quantizer of frozen ranges on GPU, in Triton: forward and backward each read their tensors once.
+
+Results are those of :func:`granq_plugin.functional.affine_quantize` bit for bit; see :mod:`~granq_plugin.kernels.triton_kernel`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from granq_plugin.kernels.layout import Before, Layout
+from granq_plugin.kernels.triton_kernel import _clamped, _round, _rounded_to_bfloat16
+
+__all__ = ["affine_quantize"]
+
+_TILE = 2048  # values of a program
+
+
+@triton.jit
+def _tile(rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr, channels, CHANNEL_IS_COLUMN: tl.constexpr):
+    """Addresses, which of them exist, and the channel of each row or column."""
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    address = r.to(tl.int64)[:, None] * columns + c[None, :]
+    inside = (r < rows)[:, None] & (c < columns)[None, :]
+    if CHANNEL_IS_COLUMN:
+        return address, inside, tl.minimum(c, channels - 1)[None, :]
+    return address, inside, (r % channels)[:, None]
+
+
+@triton.jit
+def _frozen(
+        x_ptr, y_ptr, mask_ptr, scale_ptr, zero_point_ptr, rows, columns, channels, lowest, highest, low, high, above, below,
+        nan_passes, CLAMP: tl.constexpr, MASK: tl.constexpr, CHANNEL_IS_COLUMN: tl.constexpr, ROWS: tl.constexpr,
+        BLOCK: tl.constexpr):
+    address, inside, channel = _tile(rows, columns, ROWS, BLOCK, channels, CHANNEL_IS_COLUMN)
+    ones = tl.full([ROWS, BLOCK], 1.0, tl.float32)
+    scale = tl.load(scale_ptr + channel) * ones
+    zero_point = tl.load(zero_point_ptr + channel)
+    x = tl.load(x_ptr + address, mask=inside, other=0.0).to(tl.float32)
+    q = _round(tl.div_rn(_clamped(x, low, high, CLAMP), scale) + zero_point)
+    if MASK:
+        passes = tl.where(q < lowest, 0, 1) * tl.where(q > highest, 0, 1)
+        if CLAMP:
+            passes = passes * tl.where(x <= above, 0, 1) * tl.where(x >= below, 0, 1) * tl.where(x == x, 1, nan_passes)
+        tl.store(mask_ptr + address, passes.to(tl.int8), mask=inside)
+    y = (_clamped(q, lowest, highest, True) - zero_point) * scale
+    if y_ptr.dtype.element_ty == tl.bfloat16:
+        y = _rounded_to_bfloat16(y)
+    tl.store(y_ptr + address, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _frozen_backward(
+        grad_ptr, out_ptr, mask_ptr, scale_ptr, rows, columns, channels, CHANNEL_IS_COLUMN: tl.constexpr, ROWS: tl.constexpr,
+        BLOCK: tl.constexpr):
+    address, inside, channel = _tile(rows, columns, ROWS, BLOCK, channels, CHANNEL_IS_COLUMN)
+    scale = tl.load(scale_ptr + channel) * tl.full([ROWS, BLOCK], 1.0, tl.float32)
+    grad = tl.load(grad_ptr + address, mask=inside, other=0.0).to(tl.float32)
+    passes = tl.load(mask_ptr + address, mask=inside, other=0) != 0
+    out = tl.where(passes, tl.div_rn(grad * scale, scale), 0.0)
+    if out_ptr.dtype.element_ty == tl.bfloat16:
+        out = _rounded_to_bfloat16(out)
+    tl.store(out_ptr + address, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _launch(layout: Layout) -> tuple[tuple[int, int], tuple[int, int, int], dict]:
+    """Grid, ``(rows, columns, channels)`` and the constants of a layout; memory is ``[rows, columns]``."""
+    samples, outer, channels, inner = layout[:4]
+    by_column = inner == 1
+    rows, columns = (samples * outer, channels) if by_column else (samples * channels, inner)
+    block = min(triton.next_power_of_2(columns), _TILE)
+    tile_rows = min(max(1, _TILE // block), triton.next_power_of_2(rows))
+    grid = triton.cdiv(rows, tile_rows), triton.cdiv(columns, block)
+    return grid, (rows, columns, channels), dict(CHANNEL_IS_COLUMN=by_column, ROWS=tile_rows, BLOCK=block, enable_fp_fusion=False)
+
+
+def _forward(x, scale, zero_point, limits, layout: Layout, before: Before, needs_mask: bool) -> tuple[Tensor, Tensor | None]:
+    y = torch.empty_like(x)
+    mask = torch.empty_like(x, dtype=torch.bool) if needs_mask else None
+    clamp, *edges = before.limits(x.dtype)
+    grid, sizes, constants = _launch(layout)
+    _frozen[grid](x, y, mask.view(torch.int8) if needs_mask else x, scale, zero_point, *sizes, *map(float, limits), *edges,
+                  CLAMP=bool(clamp), MASK=needs_mask, **constants)
+    return y, mask
+
+
+class _AffineQuantize(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int], layout: Layout, before: Before):
+        y, ctx.mask = _forward(x, scale, zero_point, limits, layout, before, True)
+        ctx.scale, ctx.layout = scale, layout
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _Masked.apply(grad, ctx.mask, ctx.scale, ctx.layout), None, None, None, None, None
+
+
+class _Masked(torch.autograd.Function):
+    """Where the gradient passes, times and through the scale, as autograd does it; linear: its own gradient is the same again."""
+
+    @staticmethod
+    def forward(ctx, grad: Tensor, mask: Tensor, scale: Tensor, layout: Layout) -> Tensor:
+        ctx.mask, ctx.scale, ctx.layout = mask, scale, layout
+        grad = grad.contiguous(memory_format=layout.memory_format)
+        out = torch.empty_like(grad)
+        grid, sizes, constants = _launch(layout)
+        _frozen_backward[grid](grad, out, mask.view(torch.int8), scale, *sizes, **constants)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _Masked.apply(grad, ctx.mask, ctx.scale, ctx.layout), None, None, None
+
+
+def affine_quantize(
+        x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int], layout: Layout, before: Before) -> Tensor:
+    """See :func:`granq_plugin.kernels.affine_quantize`; scale and zero_point contiguous, float32, one element per channel."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return _AffineQuantize.apply(x, scale, zero_point, limits, layout, before)
+    return _forward(x, scale, zero_point, limits, layout, before, False)[0]

@@ -1,0 +1,162 @@
+"""What a GPU computes: the kernels bit for bit, and zero-shot QAT, recorded as CUDA graphs or not. Skipped without a GPU."""
+
+import contextlib
+import copy
+
+import brevitas.nn as qnn
+import pytest
+import torch
+
+import granq_plugin as gq
+import oracles
+from benchmarks import published_loop
+from granq_plugin import functional as GF
+from granq_plugin import kernels
+from granq_plugin.kernels import Before
+from granq_plugin.zero_shot import Generator, preset, zero_shot_qat
+from granq_plugin.zero_shot.step import ObservedTeacher, generator_step
+from granq_plugin.zero_shot.training import Training
+from networks import teacher_network
+
+if not torch.cuda.is_available():
+    pytest.skip("no GPU", allow_module_level=True)
+
+LAYOUTS = [
+    ((4, 33, 17, 9), None), ((4, 33, 17, 9), torch.channels_last), ((2, 3, 128, 128), None), ((1, 2, 181, 181), None),
+    ((1, 5, 181, 181), torch.channels_last), ((64, 100), None), ((3, 7, 300), None)]
+BEFORES = [Before(), Before(relu=True), Before(relu=True, max_val=0.9), Before(min_val=-0.5, max_val=0.7)]
+
+
+@pytest.fixture
+def values(request):
+    torch.manual_seed(0)
+    (shape, memory_format), dtype = request.param
+    x = torch.randn(shape)
+    x.view(-1)[5:7] = torch.tensor([float("nan"), float("inf")])
+    x[-1, -1] = 0.25  # a dead channel
+    return x.to(dtype).contiguous(memory_format=memory_format or torch.contiguous_format)
+
+
+every_value = pytest.mark.parametrize(
+    "values", [(layout, d) for layout in LAYOUTS for d in (torch.float32, torch.bfloat16, torch.float16)], indirect=True)
+
+
+def leaves(x):
+    return [x.to(device).requires_grad_() for device in ("cuda", "cuda", "cpu")]
+
+
+@every_value
+@pytest.mark.parametrize("before", BEFORES, ids=str)
+@pytest.mark.parametrize("bit_width", [2, 3, 8])
+def test_dynamic_kernel_is_exact(values, before, bit_width):
+    """The same bits as torch's operations, on the GPU and on the CPU, and the same gradients."""
+    a, b, c = leaves(values)
+    assert kernels.backend(a) == "triton"
+    actual = kernels.granq(a, bit_width, 1, before)
+    incoming = torch.randn(values.shape).to(values)
+    actual.value.backward(incoming.cuda())
+    for leaf in (b, c):
+        expected = GF.granq(before.apply(leaf), bit_width)
+        for p, q in zip(actual, expected):
+            oracles.assert_equal(p.cpu(), q.cpu())
+        expected.value.backward(incoming.to(leaf.device))
+        oracles.assert_equal(a.grad.cpu(), leaf.grad.cpu())
+
+
+@every_value
+@pytest.mark.parametrize("before", BEFORES, ids=str)
+@pytest.mark.parametrize("axis", [0, 1, None])
+def test_frozen_kernel_is_exact(values, before, axis):
+    """Ranges per channel (of activations and of weights), or one for all."""
+    a, b, c = leaves(values)
+    assert kernels.backend(a) == "triton"
+    ends = torch.rand([n if d == axis else 1 for d, n in enumerate(values.shape)])
+    signed = before == Before()
+    scale, zero_point = GF.affine_params(-ends if signed else 0.1 - ends, ends, 3, signed)
+    limits = GF.integer_limits(3, signed)
+    actual = kernels.affine_quantize(a, scale.cuda(), zero_point.cuda(), limits, axis or 0, before)
+    incoming = torch.randn(values.shape).to(values)
+    actual.backward(incoming.cuda())
+    for leaf in (b, c):
+        expected = GF.affine_quantize(before.apply(leaf), scale.to(leaf.device), zero_point.to(leaf.device), limits)
+        oracles.assert_equal(actual.cpu(), expected.cpu())
+        expected.backward(incoming.to(leaf.device))
+        oracles.assert_equal(a.grad.cpu(), leaf.grad.cpu())
+
+
+@pytest.mark.parametrize("act_quant", [gq.GranQActPerChannel, gq.GranQActPerChannelStatic])
+def test_a_brevitas_layer_is_exact(act_quant):
+    x = torch.randn(8, 16, 14, 14, device="cuda")
+    layer = qnn.QuantReLU(act_quant, bit_width=3).cuda()
+    layer(x)
+    layer.eval()
+    moved = copy.deepcopy(layer).cpu()
+    oracles.assert_equal(layer(x).cpu(), moved(x.cpu()))
+
+
+def test_gradients_are_those_of_the_published_loop():
+    """float64, as on the CPU (tests/zero_shot/test_step.py)."""
+    torch.manual_seed(0)
+    teacher = teacher_network().double().cuda()
+    student = gq.quantize(teacher, 3, 3, weight_quant=gq.GranQWeightPerKernel).eval()
+    generator, reference = Generator(8, 10).double().cuda(), published_loop.Generator(8, 10).double().cuda()
+    reference.load_state_dict(generator.state_dict())
+    config = preset("cifar10", image_size=8)
+    loop = published_loop.PublishedLoop(copy.deepcopy(teacher), copy.deepcopy(student), reference, config)
+    noise, labels = torch.randn(6, 100, dtype=torch.float64).cuda(), torch.randint(10, (6, )).cuda()
+    loop.step(noise, labels)
+    ours = generator_step(ObservedTeacher(teacher.requires_grad_(False)), student, generator, noise, labels,
+                          list(generator.parameters()), list(student.parameters()), config)
+    for ours_, theirs in ((ours.generator_grads, loop.generator_grads), (ours.student_grads, loop.student_grads)):
+        largest = max(float(g.abs().max()) for g in theirs)
+        torch.testing.assert_close(list(ours_), list(theirs), rtol=1e-9, atol=1e-12 * largest)
+
+
+def training(act_quant, **settings):
+    torch.manual_seed(0)
+    teacher = teacher_network().cuda().eval()
+    student = gq.quantize(teacher, 3, 3, act_quant=act_quant)
+    config = preset("cifar10", image_size=8, batch_size=8, epochs=4, iterations=5, warmup_epochs=1, student_lr=1e-3, **settings)
+    return Training(student, teacher.requires_grad_(False), config, None)
+
+
+@pytest.mark.parametrize("act_quant", [
+    gq.GranQActPerChannel, gq.GranQActPerChannelStatic.let(range_mode="mse"),
+    gq.GranQActPerChannelStatic.let(learned_scale=True)])
+@pytest.mark.parametrize("settings", [
+    {}, dict(memory_size=100, replay_steps=2, bf16=True), dict(feature_loss="features", ema_decay=0.9), dict(sam_rho=0.05),
+    dict(accumulation_steps=2, channels_last=False, memory_size=16, replay_steps=1), dict(feature_loss="attention", low_pass=3.0)])
+def test_recorded_steps_train_as_others(act_quant, settings):
+    """A step of training recorded as a CUDA graph has the result of the step: networks that trained for as long agree, as far as a
+    GPU agrees with itself, and both have moved."""
+    runs = []
+    for mode in ("off", "off", "cudagraphs"):
+        run = training(act_quant, compile=mode, **settings)
+        start = [p.detach().clone() for p in run.student.parameters()]
+        logs = [{k: float(v) for k, v in run.step().items()} for _ in range(run.config.total_iterations)]
+        runs.append((logs, [p.detach() for p in run.student.parameters()], start))
+    (first, weights, start), (_, again, _), (recorded, replayed, _) = runs
+    assert run._recorded["both"]._graph is not None
+    moved = sum(float((a - b).square().sum()) for a, b in zip(weights, start) if a.shape == b.shape) ** 0.5
+    own = sum(float((a - b).square().sum()) for a, b in zip(weights, again)) ** 0.5
+    other = sum(float((a - b).square().sum()) for a, b in zip(weights, replayed)) ** 0.5
+    assert moved > 1e-3
+    assert other <= 10 * own + 1e-3 * moved, (moved, own, other)
+    assert first[0] == pytest.approx(recorded[0], rel=1e-3)
+
+
+def test_a_run_resumes(tmp_path):
+    config = preset("cifar10", image_size=8, batch_size=8, epochs=4, iterations=5, warmup_epochs=1, compile="cudagraphs",
+                    memory_size=50, replay_steps=1, checkpoint_every=5)
+    for stop_at in (10, None):
+        torch.manual_seed(0)
+        teacher = teacher_network().cuda()
+        student = gq.quantize(teacher, 3, 3)
+
+        def stop(done, log, stop_at=stop_at):
+            if done == stop_at:
+                raise KeyboardInterrupt
+
+        with contextlib.suppress(KeyboardInterrupt):
+            result = zero_shot_qat(student, teacher, config, run_dir=tmp_path / "run", resume=stop_at is None, on_iteration=stop)
+    assert len(result.metrics) == 4 and len(result.images) == 50 and result.images.device.type == "cpu"
