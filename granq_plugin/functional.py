@@ -263,11 +263,12 @@ def affine_params(lo: Tensor, hi: Tensor, bit_width: int, signed: bool = False) 
     """
     check_symmetric(signed, bit_width)
     lo, hi = lo.clamp_max(0.0), hi.clamp_min(0.0)
+    # a GPU multiplies by the reciprocal of a plain number, which is not what the CPU computes
     if signed:
-        scale = torch.maximum(-lo, hi).clamp_min(MIN_RANGE) / (2**(bit_width - 1) - 1)
+        scale = torch.maximum(-lo, hi).clamp_min(MIN_RANGE) / lo.new_full((), 2**(bit_width - 1) - 1)
         return scale, torch.zeros_like(scale)
     # half ranges: hi - lo may overflow where neither end does
-    scale = (hi * 0.5 - lo * 0.5).clamp_min(MIN_RANGE / 2) / ((2**bit_width - 1) / 2)
+    scale = (hi * 0.5 - lo * 0.5).clamp_min(MIN_RANGE / 2) / lo.new_full((), (2**bit_width - 1) / 2)
     return scale, torch.round(-lo / scale).abs()  # abs: no negative zero
 
 

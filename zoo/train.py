@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from granq_plugin.settings import Settings, setting
+from granq_plugin.zero_shot.graphs import RecordedStep
 from granq_plugin.zero_shot.run_directory import RunDirectory
 from granq_plugin.zero_shot.weights import load_optimizer
 from zoo.card import Preprocessing
@@ -42,6 +43,8 @@ class TrainConfig(Settings):
     seed: int = setting(0, "of the weights, the order and the augmentation", least=0)
     bf16: bool = setting(True, "autocast the network to bfloat16; loss and weights stay float32")
     channels_last: bool = setting(True, "run the convolutions in channels_last layout")
+    compile: str = setting("off", "cudagraphs: a step is recorded once for each image size and launched as one (GPU)",
+                           choices=("off", "cudagraphs"))
 
     def lr_factor(self, done: float) -> float:
         """What ``lr`` is multiplied by when a share ``done``, 0 to 1, of the steps has been made."""
@@ -122,6 +125,9 @@ def train_teacher(
             :class:`~granq_plugin.zero_shot.run_directory.RunDirectory`.
     """
     preprocessing(data.images[:1])  # complains before training
+    device = next(model.parameters()).device
+    if config.compile == "cudagraphs" and device.type != "cuda":
+        raise ValueError(f"compile='cudagraphs' needs a GPU; the network is on {device}")
     if len(data) < config.batch_size:
         raise ValueError(f"batch_size={config.batch_size} exceeds the {len(data)} training images of {data.source!r}")
     if run_dir is None:
@@ -146,7 +152,15 @@ def _train(model, data, preprocessing, config, directory, evaluate, on_step, on_
             if first not in range(config.epochs + 1) or len(metrics) != first:
                 raise ValueError(f"it is of epoch {first!r} of {config.epochs} and has metrics of {len(metrics)}")
     images, labels = data.images.to(device), data.labels.to(device)  # a GPU would wait for every batch
-    steps = len(data) // config.batch_size
+    steps, params, recorded = len(data) // config.batch_size, list(model.parameters()), {}
+
+    def learn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Loss, number of hits and gradients."""
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            logits = model(x)
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
+        return loss.detach(), (logits.argmax(1) == y).sum(), torch.autograd.grad(loss, params)
+
     for epoch in range(first, config.epochs):
         model.train()
         start, size = time.perf_counter(), config.size_in(epoch, full)
@@ -162,14 +176,14 @@ def _train(model, data, preprocessing, config, directory, evaluate, on_step, on_
                 x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
             if config.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                logits = model(x)
-            loss = F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
-            optimizer.zero_grad()
-            loss.backward()
+            if config.compile == "cudagraphs" and size not in recorded:
+                recorded[size] = RecordedStep(learn)
+            loss, hits, grads = recorded.get(size, learn)(x, y)
+            for p, g in zip(params, grads):
+                p.grad = g
             optimizer.step()
-            loss_sum += loss.detach()
-            correct += (logits.argmax(1) == y).sum()
+            loss_sum += loss
+            correct += hits
             if on_step:
                 on_step(epoch * steps + step + 1, len(y))
         row = dict(epoch=epoch + 1, image_size=size, lr=optimizer.param_groups[0]["lr"], loss=float(loss_sum) / steps,

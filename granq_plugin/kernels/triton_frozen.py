@@ -9,11 +9,12 @@ import triton.language as tl
 from torch import Tensor
 
 from granq_plugin.kernels.layout import Before, Layout
-from granq_plugin.kernels.triton_kernel import _clamped, _round, _rounded_to_bfloat16
+from granq_plugin.kernels.triton_kernel import _before, _largest, _least, _round, _stored, clamp_kind
 
 __all__ = ["affine_quantize"]
 
-_TILE = 2048  # values of a program
+_TILE = 1024  # values of a program, where rows are short
+_BLOCKS = (4096, 2048, 1024)  # of long rows: the one that leaves the fewest places empty
 
 
 @triton.jit
@@ -24,8 +25,10 @@ def _tile(rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr, channels, CHAN
     address = r.to(tl.int64)[:, None] * columns + c[None, :]
     inside = (r < rows)[:, None] & (c < columns)[None, :]
     if CHANNEL_IS_COLUMN:
-        return address, inside, tl.minimum(c, channels - 1)[None, :]
-    return address, inside, (r % channels)[:, None]
+        channel = tl.minimum(c, channels - 1)[None, :]
+    else:
+        channel = (r % channels)[:, None]
+    return address, inside, channel
 
 
 @triton.jit
@@ -38,16 +41,13 @@ def _frozen(
     scale = tl.load(scale_ptr + channel) * ones
     zero_point = tl.load(zero_point_ptr + channel)
     x = tl.load(x_ptr + address, mask=inside, other=0.0).to(tl.float32)
-    q = _round(tl.div_rn(_clamped(x, low, high, CLAMP), scale) + zero_point)
+    x, passes = _before(x, low, high, above, below, nan_passes, CLAMP)
+    q = _round(tl.div_rn(x, scale) + zero_point)
     if MASK:
-        passes = tl.where(q < lowest, 0, 1) * tl.where(q > highest, 0, 1)
-        if CLAMP:
-            passes = passes * tl.where(x <= above, 0, 1) * tl.where(x >= below, 0, 1) * tl.where(x == x, 1, nan_passes)
+        passes = passes * tl.where(q < lowest, 0, 1) * tl.where(q > highest, 0, 1)
         tl.store(mask_ptr + address, passes.to(tl.int8), mask=inside)
-    y = (_clamped(q, lowest, highest, True) - zero_point) * scale
-    if y_ptr.dtype.element_ty == tl.bfloat16:
-        y = _rounded_to_bfloat16(y)
-    tl.store(y_ptr + address, y.to(y_ptr.dtype.element_ty), mask=inside)
+    y = (_least(_largest(q, lowest), highest) - zero_point) * scale
+    tl.store(y_ptr + address, _stored(y, y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -59,9 +59,7 @@ def _frozen_backward(
     grad = tl.load(grad_ptr + address, mask=inside, other=0.0).to(tl.float32)
     passes = tl.load(mask_ptr + address, mask=inside, other=0) != 0
     out = tl.where(passes, tl.div_rn(grad * scale, scale), 0.0)
-    if out_ptr.dtype.element_ty == tl.bfloat16:
-        out = _rounded_to_bfloat16(out)
-    tl.store(out_ptr + address, out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + address, _stored(out, out_ptr.dtype.element_ty), mask=inside)
 
 
 def _launch(layout: Layout) -> tuple[tuple[int, int], tuple[int, int, int], dict]:
@@ -69,19 +67,22 @@ def _launch(layout: Layout) -> tuple[tuple[int, int], tuple[int, int, int], dict
     samples, outer, channels, inner = layout[:4]
     by_column = inner == 1
     rows, columns = (samples * outer, channels) if by_column else (samples * channels, inner)
-    block = min(triton.next_power_of_2(columns), _TILE)
+    block = triton.next_power_of_2(columns)
+    if columns > _TILE:
+        block = min(_BLOCKS, key=lambda b: triton.cdiv(columns, b) * b)
     tile_rows = min(max(1, _TILE // block), triton.next_power_of_2(rows))
     grid = triton.cdiv(rows, tile_rows), triton.cdiv(columns, block)
-    return grid, (rows, columns, channels), dict(CHANNEL_IS_COLUMN=by_column, ROWS=tile_rows, BLOCK=block, enable_fp_fusion=False)
+    return grid, (rows, columns, channels), dict(
+        CHANNEL_IS_COLUMN=by_column, ROWS=tile_rows, BLOCK=block, num_warps=8 if block > 2048 else 4, enable_fp_fusion=False)
 
 
 def _forward(x, scale, zero_point, limits, layout: Layout, before: Before, needs_mask: bool) -> tuple[Tensor, Tensor | None]:
     y = torch.empty_like(x)
     mask = torch.empty_like(x, dtype=torch.bool) if needs_mask else None
-    clamp, *edges = before.limits(x.dtype)
+    _, *edges = before.limits(x.dtype)
     grid, sizes, constants = _launch(layout)
     _frozen[grid](x, y, mask.view(torch.int8) if needs_mask else x, scale, zero_point, *sizes, *map(float, limits), *edges,
-                  CLAMP=bool(clamp), MASK=needs_mask, **constants)
+                  CLAMP=clamp_kind(before), MASK=needs_mask, **constants)
     return y, mask
 
 

@@ -1,9 +1,11 @@
 """The dynamic quantizer on GPU, in Triton. A row stays on chip up to ``LONGEST_ROW`` values; a longer one is read twice.
 
 Imported where there is a GPU, or where ``GRANQ_KERNEL=triton`` asks for it: with ``TRITON_INTERPRET=1`` it runs on CPU tensors.
-Results are those of :func:`granq_plugin.functional.granq` bit for bit: divisions round correctly, multiplications and additions are
-not fused, and rounding is to even.
+Results are those of :func:`granq_plugin.functional.granq` bit for bit, but for the sign of zeros: divisions round correctly,
+multiplications and additions are not fused, and rounding is to even.
 """
+
+import os
 
 import torch
 import triton
@@ -17,7 +19,18 @@ __all__ = ["DTYPES", "LONGEST_ROW", "granq"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 stays with torch's operations
 LONGEST_ROW = 16384
-_TILE = 4096  # values of a program, where rows are short
+_TILE = 512  # values of a program, where rows are short
+_ALL_NAN = tl.constexpr(tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _least(a, b):
+    return tl.minimum(a, b, propagate_nan=_ALL_NAN)
+
+
+@triton.jit
+def _largest(a, b):
+    return tl.maximum(a, b, propagate_nan=_ALL_NAN)
 
 
 @triton.jit
@@ -29,49 +42,108 @@ def _round(x):
 
 
 @triton.jit
-def _clamped(x, low, high, CLAMP: tl.constexpr):
-    if CLAMP:
-        x = tl.where(x < low, low, x)  # NaN stays
-        x = tl.where(x > high, high, x)
-    return x
+def _before(x, low, high, above, below, nan_passes, CLAMP: tl.constexpr):
+    """ReLU (CLAMP 1) or any clamp (2) of x, and where the gradient passes."""
+    passes = tl.full(x.shape, 1, tl.int32)
+    if CLAMP == 1:
+        passes = tl.where(x <= 0.0, 0, 1)
+        x = _largest(x, 0.0)
+    if CLAMP == 2:
+        passes = tl.where(x <= above, 0, 1) * tl.where(x >= below, 0, 1) * tl.where(x == x, 1, nan_passes)
+        x = _least(_largest(x, low), high)
+    return x, passes
 
 
 @triton.jit
-def _rounded_to_bfloat16(x):
-    """To nearest even, in float32: a GPU's conversion does that too, the interpreter's cuts off."""
-    bits = x.to(tl.uint32, bitcast=True)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+def _stored(y, dtype: tl.constexpr):
+    """y in the dtype of the output, rounded to nearest even: a GPU's conversion to bfloat16 does that too, the interpreter's cuts
+    off."""
+    if dtype == tl.bfloat16:
+        bits = y.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        y = tl.where(y == y, rounded.to(tl.float32, bitcast=True), y)
+    return y.to(dtype)
+
+
+@triton.jit
+def _on_grid(x, inv_scale, offset):
+    return tl.div_rn(_round(x * inv_scale - offset) + offset, inv_scale + tl.zeros(x.shape, tl.float32))
+
+
+@triton.jit
+def _on_grid_fast(x, inv_scale, offset, scale):
+    """The same of moderate values, without branches: adding and subtracting 1.5 * 2^23 rounds, and a quotient that is corrected by
+    its exact remainder, with the correctly rounded reciprocal, is the correctly rounded one (Markstein 1990)."""
+    y = ((x * inv_scale - offset) + 12582912.0) - 12582912.0 + offset
+    divisor = inv_scale + tl.zeros(x.shape, tl.float32)
+    reciprocal = scale + tl.zeros(x.shape, tl.float32)
+    q = y * reciprocal
+    q = tl.fma(tl.fma(-q, divisor, y), reciprocal, q)
+    return tl.fma(tl.fma(-q, divisor, y), reciprocal, q)
+
+
+@triton.jit
+def _quantized(x, inv_scale, offset, scale, fast, largest, NARROW: tl.constexpr):
+    if fast:
+        y = _on_grid_fast(x, inv_scale[:, None], offset[:, None], scale[:, None])
+    else:
+        y = _on_grid(x, inv_scale[:, None], offset[:, None])
+    if NARROW:
+        y = _least(_largest(y, -largest), largest)
+    return y
+
+
+@triton.jit
+def _places(row, exists, at, step, n, EVEN: tl.constexpr):
+    """Addresses of a block, and which of them are there: all of them, if rows and channels fill their blocks."""
+    address = row[:, None] + (at * step)[None, :]
+    if EVEN:
+        inside = tl.full(address.shape, 1, tl.int1)
+    else:
+        inside = exists[:, None] & (at < n)[None, :]
+    return address, inside
+
+
+@triton.jit
+def _first_pass(
+        x_ptr, mask_ptr, address, inside, low, high, above, below, nan_passes, CLAMP: tl.constexpr, MASK: tl.constexpr,
+        EVEN: tl.constexpr):
+    """Values, and what is least and largest where there are any."""
+    x = tl.load(x_ptr + address, mask=inside, other=float("inf")).to(tl.float32)
+    x, passes = _before(x, low, high, above, below, nan_passes, CLAMP)
+    if MASK:
+        tl.store(mask_ptr + address, passes.to(tl.int8), mask=inside)
+    most = x
+    if not EVEN:
+        most = tl.where(inside, x, float("-inf"))
+    return x, x, most
 
 
 @triton.jit
 def _granq(
         x_ptr, y_ptr, mask_ptr, scale_ptr, zero_point_ptr, channels, row_stride, sample_stride, step, n, tiles, half_levels,
-        overflow, smallest, low, high, above, below, largest, nan_passes, nan, CLAMP: tl.constexpr, MASK: tl.constexpr,
-        NARROW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr):
+        overflow, smallest, low, high, above, below, largest, nan_passes, CLAMP: tl.constexpr, MASK: tl.constexpr,
+        NARROW: tl.constexpr, FAST: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+        ONE_BLOCK: tl.constexpr):
     sample = tl.program_id(0) // tiles
     channel = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     exists = channel < channels
-    row = sample.to(tl.int64) * sample_stride + channel.to(tl.int64) * row_stride
+    x_ptr += sample.to(tl.int64) * sample_stride
+    y_ptr += sample.to(tl.int64) * sample_stride
+    mask_ptr += sample.to(tl.int64) * sample_stride
+    row = channel * row_stride
     place = tl.arange(0, BLOCK)
-    lo = tl.full([ROWS], float("inf"), tl.float32)
-    hi = tl.full([ROWS], float("-inf"), tl.float32)
-    has_nan = tl.full([ROWS], 0, tl.int32)
-    x = tl.zeros([ROWS, BLOCK], tl.float32)  # a row of one block is loaded once
-    for start in range(0, n, BLOCK):
-        at = start + place
-        inside = exists[:, None] & (at < n)[None, :]
-        address = row[:, None] + at[None, :].to(tl.int64) * step
-        x = tl.load(x_ptr + address, mask=inside, other=0.0).to(tl.float32)
-        if MASK:
-            passes = (tl.where(x <= above, 0, 1) * tl.where(x >= below, 0, 1)) * tl.where(x == x, 1, nan_passes)
-            tl.store(mask_ptr + address, passes.to(tl.int8), mask=inside)
-        x = _clamped(x, low, high, CLAMP)
-        lo = tl.minimum(lo, tl.min(tl.where(inside & (x == x), x, float("inf")), axis=1))
-        hi = tl.maximum(hi, tl.max(tl.where(inside & (x == x), x, float("-inf")), axis=1))
-        has_nan = has_nan | tl.max(tl.where(inside & (x != x), 1, 0), axis=1)
-    lo = tl.where(has_nan > 0, nan, lo)
-    hi = tl.where(has_nan > 0, nan, hi)
+    address, inside = _places(row, exists, place, step, n, EVEN)
+    x, least, most = _first_pass(
+        x_ptr, mask_ptr, address, inside, low, high, above, below, nan_passes, CLAMP, MASK, EVEN)
+    if not ONE_BLOCK:
+        for start in range(BLOCK, n, BLOCK):
+            address, inside = _places(row, exists, start + place, step, n, EVEN)
+            _, x_least, x_most = _first_pass(
+                x_ptr, mask_ptr, address, inside, low, high, above, below, nan_passes, CLAMP, MASK, EVEN)
+            least, most = _least(least, x_least), _largest(most, x_most)
+    lo = tl.reduce(least, 1, _least)
+    hi = tl.reduce(most, 1, _largest)
     # functional.inverse_scale
     half = hi * 0.5 - lo * 0.5
     half = tl.where(half < smallest, smallest, half)
@@ -80,32 +152,38 @@ def _granq(
     one = tl.full([ROWS], 1.0, tl.float32)
     inv_scale = tl.div_rn(one, divisor) * half_levels
     offset = _round(inv_scale * lo)
-    tl.store(scale_ptr + sample * channels + channel, tl.div_rn(one, inv_scale), mask=exists)
+    scale = tl.div_rn(one, inv_scale)
+    tl.store(scale_ptr + sample * channels + channel, scale, mask=exists)
     tl.store(zero_point_ptr + sample * channels + channel, 0.0 - offset, mask=exists)
-    for start in range(0, n, BLOCK):
-        at = start + place
-        inside = exists[:, None] & (at < n)[None, :]
-        address = row[:, None] + at[None, :].to(tl.int64) * step
-        if not ONE_BLOCK:
-            x = _clamped(tl.load(x_ptr + address, mask=inside, other=0.0).to(tl.float32), low, high, CLAMP)
-        y = _round(x * inv_scale[:, None] - offset[:, None]) + offset[:, None]
-        y = tl.div_rn(y, tl.zeros([ROWS, BLOCK], tl.float32) + inv_scale[:, None])
-        if NARROW:
-            y = _clamped(y, -largest, largest, True)
-        if y_ptr.dtype.element_ty == tl.bfloat16:
-            y = _rounded_to_bfloat16(y)
-        tl.store(y_ptr + address, y.to(y_ptr.dtype.element_ty), mask=inside)
+    moderate = (inv_scale > 1e-15) & (inv_scale < 1e15) & (tl.abs(offset) < 2097152.0)  # not for NaN
+    fast = tl.min(tl.where(moderate | (channel >= channels), FAST, 0), axis=0) == 1
+    if ONE_BLOCK:
+        y = _quantized(x, inv_scale, offset, scale, fast, largest, NARROW)
+        tl.store(y_ptr + address, _stored(y, y_ptr.dtype.element_ty), mask=inside)
+    else:
+        for start in range(0, n, BLOCK):
+            address, inside = _places(row, exists, start + place, step, n, EVEN)
+            x = tl.load(x_ptr + address, mask=inside, other=0.0).to(tl.float32)
+            x, _ = _before(x, low, high, above, below, nan_passes, CLAMP)
+            y = _quantized(x, inv_scale, offset, scale, fast, largest, NARROW)
+            tl.store(y_ptr + address, _stored(y, y_ptr.dtype.element_ty), mask=inside)
+
+
+def clamp_kind(before: Before) -> int:
+    """What the kernels do before they quantize: 0 nothing, 1 a ReLU, 2 a clamp."""
+    return 1 if before == Before(relu=True) else 2 if before != Before() else 0
 
 
 def _tile(layout: Layout) -> tuple[int, int, int]:
-    """``(rows, values of a row, warps)`` of a program."""
+    """``(rows, values of a row, warps)`` of a program: what was fastest on an H100."""
     n, channels = layout.outer * layout.inner, triton.next_power_of_2(layout.channels)
     if layout.inner == 1 and layout.outer > 1:  # channels_last: whole cache lines of neighbouring channels
-        rows, block = min(32, channels), min(triton.next_power_of_2(n), 256)
-    else:
-        block = triton.next_power_of_2(n) if n <= LONGEST_ROW else _TILE
-        rows = min(max(1, _TILE // block), 64, channels)
-    return rows, block, max(4, min(32, rows * block // 1024))
+        rows = min(32, channels)
+        block = min(triton.next_power_of_2(n), 8 * _TILE // rows)
+        return rows, block, max(1, rows * block // 1024)
+    block = triton.next_power_of_2(n) if n <= LONGEST_ROW else LONGEST_ROW // 2
+    rows = min(max(1, _TILE // block), channels)
+    return rows, block, max(1, min(16, rows * block // 512))
 
 
 def _forward(x: Tensor, bit_width: int, layout: Layout, before: Before, needs_mask: bool):
@@ -117,12 +195,14 @@ def _forward(x: Tensor, bit_width: int, layout: Layout, before: Before, needs_ma
     rows, block, warps = _tile(layout)
     tiles = triton.cdiv(channels, rows)
     levels, largest = 2**bit_width - 1, torch.finfo(torch.float32).max
-    clamp, low, high, above, below, nan_passes = before.limits(x.dtype)
+    _, *limits, nan_passes = before.limits(x.dtype)
     _granq[(samples * tiles, )](
         x, y, mask.view(torch.int8) if needs_mask else x, scale, zero_point, channels, inner, outer * channels * inner,
-        channels if inner == 1 and outer > 1 else 1, n, tiles, levels / 2, levels / largest, MIN_RANGE / 2, low, high, above, below,
-        torch.finfo(x.dtype).max, nan_passes, float("nan"), CLAMP=bool(clamp), MASK=needs_mask, NARROW=x.dtype != torch.float32,
-        ROWS=rows, BLOCK=block, ONE_BLOCK=n <= block, num_warps=warps, enable_fp_fusion=False)
+        channels if inner == 1 and outer > 1 else 1, n, tiles, levels / 2, levels / largest, MIN_RANGE / 2, *limits,
+        torch.finfo(x.dtype).max, nan_passes, CLAMP=clamp_kind(before), MASK=needs_mask, NARROW=x.dtype != torch.float32,
+        FAST=int(os.environ.get("TRITON_INTERPRET") != "1"),  # which does not fuse what is to be fused
+        EVEN=n % block == 0 and channels % rows == 0, ROWS=rows, BLOCK=block, ONE_BLOCK=n <= block, num_warps=warps,
+        enable_fp_fusion=False)
     return y, scale, zero_point, mask
 
 
@@ -131,7 +211,7 @@ class _GranQ(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, bit_width: int, layout: Layout, before: Before):
         ctx.set_materialize_grads(False)
-        y, scale, zero_point, ctx.mask = _forward(x, bit_width, layout, before, bool(before.limits(x.dtype)[0]))
+        y, scale, zero_point, ctx.mask = _forward(x, bit_width, layout, before, clamp_kind(before) > 0)
         ctx.mark_non_differentiable(scale, zero_point)
         return y, scale, zero_point
 

@@ -326,7 +326,7 @@ from granq_plugin import functional as GF, kernels
 import oracles
 from granq_plugin.kernels import Before, triton_frozen
 torch.manual_seed(0)
-triton_frozen._TILE = 32  # so that small tensors take several tiles
+triton_frozen._TILE, triton_frozen._BLOCKS = 32, (32, 16)  # so that small tensors take several tiles
 cl, weights = torch.channels_last, [((6, 3, 3, 3), None, 0), ((4, 6, 3, 3), None, 1), ((5, 7), None, 0)]
 cases = [(s, f, a, d, b) for s, f, a in [((2, 3, 5, 5), None, 1), ((2, 33, 3, 5), cl, 1), ((3, 7), None, 1), *weights]
          for d in (torch.float32, torch.bfloat16, torch.float16) for b in (Before(True, None, 0.9), Before(True), Before())]
@@ -361,21 +361,26 @@ def test_triton_of_frozen_ranges_in_its_interpreter():
     assert run_python(_TRITON_FROZEN, TRITON_INTERPRET="1", GRANQ_KERNEL="triton").split()[-1] == "54"
 
 
-def test_triton_compiles_for_a_gpu_without_fused_operations():
-    """To PTX, which needs no GPU: divisions round correctly and nothing is contracted."""
+@pytest.mark.parametrize("which, option", [(w, o) for w in ("dynamic", "frozen", "backward") for o in (False, True)])
+def test_triton_compiles_for_a_gpu_without_fused_operations(which, option):
+    """To PTX, which needs no GPU: divisions round correctly and nothing is contracted but what is meant to be."""
     triton = pytest.importorskip("triton", reason="triton is not installed")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from granq_plugin.kernels.triton_kernel import _granq
-    pointers = dict.fromkeys(("x_ptr", "y_ptr", "scale_ptr", "zero_point_ptr"), "*fp32") | dict(mask_ptr="*i8")
-    constants = dict(CLAMP=True, MASK=True, NARROW=False, ROWS=4, BLOCK=1024, ONE_BLOCK=True)
-    integers = dict.fromkeys(("channels", "row_stride", "sample_stride", "step", "n", "tiles", "nan_passes"), "i32")
-    signature = {name: pointers.get(name) or integers.get(name) or ("constexpr" if name in constants else "fp32")
-                 for name in _granq.arg_names}
-    ptx = triton.compile(ASTSource(_granq, signature, constants), target=GPUTarget("cuda", 80, 32),
+    from granq_plugin.kernels import triton_frozen, triton_kernel
+    integers = ("channels", "row_stride", "sample_stride", "step", "n", "tiles", "nan_passes", "rows", "columns")
+    kernel = {"dynamic": triton_kernel._granq, "frozen": triton_frozen._frozen, "backward": triton_frozen._frozen_backward}[which]
+    constants = dict(CLAMP=2, MASK=True, NARROW=False, FAST=1, EVEN=option, ROWS=4, BLOCK=1024, ONE_BLOCK=True,
+                     CHANNEL_IS_COLUMN=option)
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {name: "constexpr" if name in constants else "i32" if name in integers else "*i8" if name == "mask_ptr" else
+                 "*fp32" if name.endswith("_ptr") else "fp32" for name in kernel.arg_names}
+    ptx = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 80, 32),
                          options=dict(enable_fp_fusion=False)).asm["ptx"]
-    assert "div.rn.f32" in ptx and "fma" not in ptx and "div.full" not in ptx
+    corrections = 4 * 4 * 1024 // 128 if which == "dynamic" else 0  # of quotients; a program has 128 threads
+    assert "div.rn.f32" in ptx and "div.full" not in ptx
+    assert ptx.count("fma.rn.f32") == ptx.count("fma") == corrections
 
 
 class TestInNetworks:
