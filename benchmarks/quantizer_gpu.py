@@ -25,7 +25,8 @@ MARKER = "quantizer-gpu: written by python -m benchmarks.quantizer_gpu"
 SHAPES = (
     ((64, 64, 32, 32), "contiguous_format"), ((64, 64, 32, 32), "channels_last"), ((16, 256, 56, 56), "contiguous_format"),
     ((16, 256, 56, 56), "channels_last"), ((64, 256, 56, 56), "contiguous_format"), ((64, 256, 56, 56), "channels_last"),
-    ((256, 64, 112, 112), "contiguous_format"), ((16, 16, 32, 32), "contiguous_format"))
+    ((128, 64, 112, 112), "contiguous_format"), ((128, 64, 112, 112), "channels_last"), ((64, 2048, 7, 7), "contiguous_format"),
+    ((64, 2048, 7, 7), "channels_last"), ((16, 16, 32, 32), "contiguous_format"))
 LAUNCHES = ("graph", "eager")
 PARTS = ("shapes", "scaling", "memory")
 FIELDS = ("device", "shape", "memory_format", "mode", "launch", "method", "median_us", "low_us", "high_us", "ratio_to_clone",
@@ -60,8 +61,9 @@ def caller(quantizer: Callable, tensors: list, mode: str) -> Callable[[], None]:
     return run_both
 
 
-def recorded(run: Callable[[], None]) -> Callable[[], None] | None:
-    """``run`` as a CUDA graph; None if it cannot be recorded: it reads values back."""
+def recorded(run: Callable[[], None], pool: tuple | None = None) -> Callable[[], None] | None:
+    """``run`` as a CUDA graph; None if it cannot be recorded: it reads values back. Graphs of one pool share their memory, which is
+    right for runs that nobody wants the results of."""
     import torch
     from torch import cuda
     stream = cuda.Stream()
@@ -71,7 +73,7 @@ def recorded(run: Callable[[], None]) -> Callable[[], None] | None:
     cuda.current_stream().wait_stream(stream)
     graph = cuda.CUDAGraph()
     try:
-        with cuda.graph(graph):
+        with cuda.graph(graph, pool=pool):
             run()
     except (RuntimeError, torch.AcceleratorError):
         cuda.synchronize()
@@ -102,10 +104,13 @@ def functions_of(quantizers: dict[str, Callable], tensors: list, mode: str, laun
     runs = {name: caller(q, tensors, mode) for name, q in quantizers.items() if launch == "graph" or name not in SLOW}
     if launch == "eager":
         return runs
-    return {name: f for name, f in ((n, recorded(run)) for n, run in runs.items()) if f is not None}
+    from torch.cuda import graph_pool_handle
+    pool = graph_pool_handle()
+    return {name: f for name, f in ((n, recorded(run, pool)) for n, run in runs.items()) if f is not None}
 
 
-def measure_shapes(seconds: float, device: str) -> list[dict]:
+def measure_shapes(seconds: float, device: str) -> None:
+    """Writes after every shape: time on a GPU can end at any moment."""
     from torch import cuda
     rows = []
     for shape, memory_format in SHAPES:
@@ -124,7 +129,7 @@ def measure_shapes(seconds: float, device: str) -> list[dict]:
                     f"{r['method']} {r['ratio_to_clone']}" for r in rows[-len(times):]))
                 del functions
                 cuda.empty_cache()
-    return rows
+        write(RESULTS / "quantizer_gpu.csv", FIELDS, rows)
 
 
 def measure_scaling(seconds: float, device: str) -> list[dict]:
@@ -158,7 +163,7 @@ def measure_memory(device: str) -> list[dict]:
 
 
 def table(rows: list[dict], scaling: list[dict], memory: list[dict]) -> str:
-    """Markdown: times as multiples of torch.clone's, in graphs and from Python."""
+    """Markdown: times as multiples of torch.clone's, in graphs and from Python; what was not measured is left out."""
     def size(row: dict) -> int:
         return math.prod(map(int, row["shape"].split("x")))
 
@@ -175,17 +180,21 @@ def table(rows: list[dict], scaling: list[dict], memory: list[dict]) -> str:
     lines = [f"{rows[0]['device']}, float32, 4 bits, recorded as CUDA graphs; times as multiples of `torch.clone`'s (its "
              "microseconds in the first row; cl: channels_last).", "",
              "| forward | " + " | ".join(f"[{s.replace('x', ', ')}]{' cl' if f == 'channels_last' else ''}" for s, f in shapes)
-             + " | peak memory, tensors |", "|---" * (len(shapes) + 2) + "|"]
+             + (" | peak memory, tensors |" if memory else " |"), "|---" * (len(shapes) + 1 + bool(memory)) + "|"]
+    peaks = {r["method"]: f" {float(r['peak_extra_tensors']):.2f} |" for r in memory if r["mode"] == "forward"}
     for method in names:
-        peak = next(r for r in memory if r["method"] == method and r["mode"] == "forward")["peak_extra_tensors"]
         lines.append(f"| {LABELS[method]} | " + " | ".join(value(method, *s, "forward", "graph") for s in shapes)
-                     + f" | {float(peak):.2f} |")
+                     + " |" + peaks.get(method, ""))
     largest = max(rows, key=size)
     big = largest["shape"], largest["memory_format"]
-    lines += ["", f"Other ways, [{big[0].replace('x', ', ')}]:", "",
-              "| | " + " | ".join(f"{m}, {w}" for m in MODES for w in ("graph", "from Python")) + " |", "|---" * 5 + "|"]
-    lines += [f"| {LABELS[method]} | " + " | ".join(value(method, *big, m, w) for m in MODES for w in LAUNCHES) + " |"
-              for method in names]
+    ways = [(m, w) for m in MODES for w in LAUNCHES if (*big, m, w, "clone") in cell]
+    if len(ways) > 1:
+        names_of = {"graph": "graph", "eager": "from Python"}
+        lines += ["", f"Other ways, [{big[0].replace('x', ', ')}]:", "",
+                  "| | " + " | ".join(f"{m}, {names_of[w]}" for m, w in ways) + " |", "|---" * (len(ways) + 1) + "|"]
+        lines += [f"| {LABELS[method]} | " + " | ".join(value(method, *big, *way) for way in ways) + " |" for method in names]
+    if not scaling:
+        return "\n".join(lines)
     granq, clone = ([float(r["ns_per_value"]) for r in scaling if r["method"] == m] for m in ("granq", "clone"))
     lines += ["", f"GranQ's cost per value from C = 16 to C = 2048 at 64 MB: {min(granq):.4f} to {max(granq):.4f} ns (largest / "
               f"smallest {max(granq) / min(granq):.2f}; `torch.clone`: {max(clone) / min(clone):.2f})."]
@@ -214,7 +223,7 @@ def main(seconds: float, parts: tuple[str, ...], table_only: bool) -> None:
     torch.manual_seed(0)
     device = torch.cuda.get_device_name()
     if "shapes" in parts:
-        write(RESULTS / "quantizer_gpu.csv", FIELDS, measure_shapes(seconds, device))
+        measure_shapes(seconds, device)
     if "scaling" in parts:
         write(RESULTS / "quantizer_gpu_scaling.csv", SCALING_FIELDS, measure_scaling(seconds, device))
     if "memory" in parts:

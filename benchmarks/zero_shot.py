@@ -1,7 +1,8 @@
 """How accurate is zero-shot QAT? Collects finished runs of ``granq qat --data`` into one table, with their logs.
 
-    python -m benchmarks.zero_shot RUN_DIR... [--stopped RUN_DIR]
+    python -m benchmarks.zero_shot RUN_DIR... [--data DIR --weights FILE] [--stopped RUN_DIR]
 
+Runs that were trained without ``--data``, on another machine, say, are evaluated first, and their teacher with ``--weights``.
 Rows of earlier runs stay unless a new one has the name of their log. A run that was stopped because it went wrong has no row; its
 log is kept, and its curve drawn.
 Writes ``benchmarks/results/zero_shot.csv``, a log per run in ``benchmarks/results/zero_shot/``, the table in docs/results.md, and
@@ -44,6 +45,30 @@ def row_of(run_dir: Path) -> dict:
         test_images=run["test_images"], iterations=config.total_iterations, batch_size=config.batch_size,
         images="another run's" if run["images_sha256"] else "its generator's",
         teacher_weights_sha256=run["teacher_weights_sha256"], log=f"{run_dir.name}.csv")
+
+
+def evaluate_run(run_dir: Path, data: Path, weights: Path) -> None:
+    """Add what ``granq qat --data`` would have added to the ``run.json`` of a run that was not evaluated.
+
+    Raises:
+        ValueError: for weights of another teacher.
+    """
+    import zoo.data
+    from granq_plugin.zero_shot.run_directory import add_to_run
+    from zoo.evaluate import default_batch_size, evaluate
+    from zoo.registry import teacher_of
+    from zoo.students import load_run
+    student, network, run = load_run(run_dir)
+    if "top1" in run:
+        return
+    teacher, _ = teacher_of(student.card, weights)
+    own = network.state_dict()  # a student keeps its teacher's BatchNorm statistics, unless they are folded
+    if any(name in own and not own[name].equal(value) for name, value in teacher.state_dict().items() if ".running_" in name):
+        raise ValueError(f"run {str(run_dir)!r} had another teacher than that of {str(weights)!r}")
+    test_set, preprocessing = zoo.data.load_images(data, student.card.dataset, card=student.card), student.card.preprocessing
+    float_top1, top1 = (
+        evaluate(n, test_set, preprocessing, default_batch_size(preprocessing)).top1 for n in (teacher, network))
+    add_to_run(run_dir, dict(test_images=len(test_set), float_top1=float_top1, top1=top1))
 
 
 def table(rows: list[dict]) -> str:
@@ -95,8 +120,12 @@ def read_rows(path: Path = RESULTS / "zero_shot.csv") -> list[dict]:
 
 @click.command(help=__doc__)
 @click.argument("run_dirs", type=click.Path(path_type=Path, exists=True, file_okay=False), nargs=-1, required=True)
+@click.option("--data", type=click.Path(path_type=Path), help="Folder with the test images of runs that were not evaluated.")
+@click.option("--weights", type=click.Path(path_type=Path), help="Their float teacher's weights.")
 @click.option("--stopped", type=click.Path(path_type=Path, exists=True, file_okay=False), multiple=True)
-def main(run_dirs: tuple[Path, ...], stopped: tuple[Path, ...]) -> None:
+def main(run_dirs: tuple[Path, ...], data: Path | None, weights: Path | None, stopped: tuple[Path, ...]) -> None:
+    for run_dir in run_dirs if data and weights else ():
+        evaluate_run(run_dir, data, weights)
     rows = [row_of(run_dir) for run_dir in run_dirs]
     rows += [r for r in read_rows() if r["log"] not in {new["log"] for new in rows}]
     rows.sort(key=lambda r: (

@@ -16,6 +16,7 @@ from benchmarks import (
     finn_plus,
     headline,
     quantizer,
+    quantizer_gpu,
     readme,
     recipe,
     recipe_profile,
@@ -83,6 +84,22 @@ def test_rows_of_a_setting_replace_those_of_the_same(tmp_path):
     assert [(r["network"], r["batch_size"], r["ours_ms"]) for r in rows] == [
         ("resnet20", "16", "15.0"), ("resnet20", "200", "10.0"), ("resnet18", "16", "10.0")]
     assert recipe.table(rows).splitlines()[2] == "| resnet20 | cpu, 2 threads | 16 | 33.33 it/s | 66.67 it/s | 3.00x |"
+
+
+def test_the_quantizer_table_of_the_gpu_is_the_committed_csv_s():
+    assert readme.current_table(quantizer_gpu.MARKER) == quantizer_gpu.tables()
+
+
+def test_the_quantizer_table_of_the_gpu_has_what_was_measured():
+    rows = [dict(zip(quantizer_gpu.FIELDS, ("GPU", "64x64x32x32", "channels_last", mode, launch, method, us, us, us, ratio, 1, 5)))
+            for mode in quantizer_gpu.MODES for launch in quantizer_gpu.LAUNCHES
+            for method, us, ratio in (("clone", "10.0", "1.0"), ("granq", "12.5", "1.25"))]
+    scaling = [dict(method=m, ns_per_value=v) for m in ("clone", "granq") for v in ("0.02", "0.03")]
+    memory = [dict(mode="forward", method=m, peak_extra_tensors="1.001") for m in ("clone", "granq")]
+    text = quantizer_gpu.table(rows, scaling, memory)
+    assert "| GranQ, dynamic | 1.25 | 1.00 |" in text
+    assert "| | forward, graph | forward, from Python | forward+backward, graph | forward+backward, from Python |" in text
+    assert "0.0200 to 0.0300 ns (largest / smallest 1.50" in text
 
 
 def test_recipe_times_whole_iterations():
