@@ -48,7 +48,7 @@ def row_of(run_dir: Path) -> dict:
 
 
 def evaluate_run(run_dir: Path, data: Path, weights: Path) -> None:
-    """Add what ``granq qat --data`` would have added to the ``run.json`` of a run that was not evaluated.
+    """Add what ``granq qat --data`` would have added to the ``run.json`` and ``metrics.csv`` of a run that was not evaluated.
 
     Raises:
         ValueError: for weights of another teacher.
@@ -68,6 +68,9 @@ def evaluate_run(run_dir: Path, data: Path, weights: Path) -> None:
     test_set, preprocessing = zoo.data.load_images(data, student.card.dataset, card=student.card), student.card.preprocessing
     float_top1, top1 = (
         evaluate(n, test_set, preprocessing, default_batch_size(preprocessing)).top1 for n in (teacher, network))
+    metrics = read(run_dir / "metrics.csv")
+    metrics[-1]["accuracy"] = top1
+    write(run_dir / "metrics.csv", list(metrics[-1]), metrics)
     add_to_run(run_dir, dict(test_images=len(test_set), float_top1=float_top1, top1=top1))
 
 

@@ -3,6 +3,7 @@
 import csv
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -23,8 +24,11 @@ from benchmarks import (
     zero_shot,
 )
 from granq_plugin.core.proxy import GranQDynamicActProxy, GranQStaticActProxy
+from granq_plugin.zero_shot import preset
 from granq_plugin.zero_shot.step import generator_step
 from zoo.data import ImageSet
+from zoo.qat import train_student
+from zoo.quantization import Quantization
 
 
 def test_the_accuracy_table_is_the_committed_csv_s():
@@ -37,7 +41,8 @@ def test_the_accuracy_table_is_the_committed_csv_s():
 def test_the_recipe_tables_are_the_committed_csv_s():
     rows, profile = recipe.read_rows(), recipe.read_rows(recipe.RESULTS / "recipe_profile.csv")
     assert all(float(r["ratio"]) == pytest.approx(float(r["published_ms"]) / float(r["ours_ms"]), rel=0.01) for r in rows)
-    assert {tuple(r[k] for k in recipe.KEYS) for r in rows} == {tuple(r[k] for k in recipe.KEYS) for r in profile}
+    cut = {tuple(r[k] for k in recipe.KEYS) for r in rows if r["compile"] == "off"}  # a CUDA graph cannot be cut into phases
+    assert cut == {tuple(r[k] for k in recipe.KEYS) for r in profile}
     assert readme.current_table(recipe.MARKER) == recipe.tables()
 
 
@@ -169,6 +174,25 @@ def test_the_zero_shot_table_is_the_committed_csv_s():
         with open(zero_shot.LOGS / row["log"], newline="") as f:
             last = list(csv.DictReader(f))[-1]
         assert int(last["iterations"]) == int(row["iterations"]) and f"{float(last['accuracy']):.2f}" == row["top1"]
+
+
+def test_a_run_without_test_images_is_evaluated_later(tmp_path):
+    card, out = zoo.get_card("resnet20_cifar10"), tmp_path / "run"
+    teacher, images = card.build().eval(), torch.randint(256, (8, 32, 32, 3), dtype=torch.uint8).numpy()
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
+    np.savez(tmp_path / "test.npz", x=images, y=np.arange(8))
+    config = preset("cifar10_fast", epochs=2, iterations=1, warmup_epochs=1, batch_size=2, memory_size=0, replay_steps=0)
+    train_student(card, Quantization(3, 3), teacher, config, out, teacher_sha256="0")
+    with pytest.raises(ValueError, match="was not evaluated"):
+        zero_shot.row_of(out)
+    other = card.build().eval()
+    other.bn1.running_mean += 1
+    torch.save(other.state_dict(), tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="had another teacher"):
+        zero_shot.evaluate_run(out, tmp_path, tmp_path / "other.pt")
+    zero_shot.evaluate_run(out, tmp_path, tmp_path / "teacher.pt")
+    row, last = zero_shot.row_of(out), zero_shot.read(out / "metrics.csv")[-1]
+    assert row["test_images"] == 8 and float(row["top1"]) == float(last["accuracy"])
 
 
 def test_the_export_table_is_the_committed_csv_s():
