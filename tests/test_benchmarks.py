@@ -180,7 +180,8 @@ def test_a_run_without_test_images_is_evaluated_later(tmp_path):
     card, out = zoo.get_card("resnet20_cifar10"), tmp_path / "run"
     teacher, images = card.build().eval(), torch.randint(256, (8, 32, 32, 3), dtype=torch.uint8).numpy()
     torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
-    np.savez(tmp_path / "test.npz", x=images, y=np.arange(8))
+    pixels = card.preprocessing(torch.from_numpy(images).permute(0, 3, 1, 2))
+    np.savez(tmp_path / "test.npz", x=images, y=teacher(pixels).argmax(1).numpy())
     config = preset("cifar10_fast", epochs=2, iterations=1, warmup_epochs=1, batch_size=2, memory_size=0, replay_steps=0)
     train_student(card, Quantization(3, 3), teacher, config, out, teacher_sha256="0")
     with pytest.raises(ValueError, match="was not evaluated"):
@@ -192,7 +193,7 @@ def test_a_run_without_test_images_is_evaluated_later(tmp_path):
         zero_shot.evaluate_run(out, tmp_path, tmp_path / "other.pt")
     zero_shot.evaluate_run(out, tmp_path, tmp_path / "teacher.pt")
     row, last = zero_shot.row_of(out), zero_shot.read(out / "metrics.csv")[-1]
-    assert row["test_images"] == 8 and float(row["top1"]) == float(last["accuracy"])
+    assert (row["test_images"], row["float_top1"]) == (8, "100.00") and float(row["top1"]) == float(last["accuracy"])
 
 
 def test_the_export_table_is_the_committed_csv_s():
