@@ -296,17 +296,25 @@ def run_ranks(command: Command, out: Path, resume: bool = False) -> list[int]:
 
 
 def _dead_rank(command: Command, out: Path, seconds: float, rng: random.Random) -> tuple[int, list[str]]:
-    """SIGKILL to one of two ranks."""
+    """SIGKILL to one of two ranks; the other must end by itself, or wait for a rank that never came until torchrun's agent, which
+    is played here, ends it."""
     with _ranks(command, out) as pids:
         time.sleep(0.1 + 1.5 * rng.random() * seconds)
         victim = rng.randrange(2)
         os.kill(pids[victim], signal.SIGKILL)
-        codes = [ended(pid) for pid in pids]
+        ended(pids[victim])
+        try:
+            code = ended(pids[1 - victim], AGENT_SECONDS)
+        except TimeoutError:
+            code = -signal.SIGKILL
     said = last_line(out.with_suffix(f".rank{1 - victim}"))
-    if codes[1 - victim] in (0, 2) and (codes[1 - victim] == 0 or said.startswith("granq: error: rank")):
-        return codes[1 - victim], []
-    return codes[1 - victim], [f"rank {1 - victim}: exit code {codes[1 - victim]}, said {said!r}"]
+    if code in (0, -signal.SIGKILL) or (code == 2 and said.startswith("granq: error: rank")):
+        return code, []
+    return code, [f"rank {1 - victim}: exit code {code}, said {said!r}"]
 
+
+AGENT_SECONDS = 30
+"""After which torchrun kills what has not ended."""
 
 FAULTS: dict[str, Fault] = {
     "SIGKILL": _by_signal(signal.SIGKILL, -signal.SIGKILL, ""),

@@ -84,11 +84,11 @@ def references(folder: Path) -> dict[str, tuple[dict, float]]:
     return found
 
 
-def try_faults(folder: Path, count: int, seed: int) -> None:
-    """A row per kind of fault and command."""
-    rows, whole = [], references(folder)
+def try_faults(folder: Path, count: int, seed: int, kinds: tuple[str, ...]) -> None:
+    """A row per kind of fault and command; rows of other kinds stay."""
+    rows, whole = [r for r in read(RESULTS / "robustness_faults.csv") if r["fault"] not in kinds], references(folder)
     mounts = injected.can_mount(folder / "probe")
-    for kind in injected.FAULTS:
+    for kind in kinds:
         for name, command in injected.COMMANDS.items():
             if (kind == "a rank dies" and name != "qat") or (kind == "two runs in one folder" and not command.resumes):
                 continue
@@ -171,9 +171,11 @@ def table() -> str:
               help="Of each kind and command; half as many of commands that do not resume.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--only", type=click.Choice(PARTS), multiple=True, help="One part; the other tables stay.")
+@click.option("--fault", "kinds", type=click.Choice(list(injected.FAULTS)), multiple=True,
+              help="One kind of fault; the rows of the others stay.")
 @click.option("--table-only", is_flag=True, help="Run nothing; write the table of the rows there are.")
 @click.option("--keep", type=click.Path(path_type=Path), metavar="DIR", help="Keep files whose outcome is neither error nor read.")
-def main(mutations: int, faults: int, seed: int, only: tuple[str, ...], table_only: bool, keep: Path | None) -> None:
+def main(mutations: int, faults: int, seed: int, only: tuple[str, ...], kinds: tuple[str, ...], table_only: bool, keep: Path | None) -> None:
     if table_only:
         replace_table(MARKER, table())
         return
@@ -192,7 +194,7 @@ def main(mutations: int, faults: int, seed: int, only: tuple[str, ...], table_on
             if parts != ("files", ):
                 formats(folder / "valid")  # changes into it
             if "faults" in parts:
-                try_faults(folder, faults, seed)
+                try_faults(folder, faults, seed, kinds or tuple(injected.FAULTS))
             if "determinism" in parts:
                 try_determinism(folder)
         finally:
