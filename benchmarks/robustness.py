@@ -175,7 +175,9 @@ def table() -> str:
               help="One kind of fault; the rows of the others stay.")
 @click.option("--table-only", is_flag=True, help="Run nothing; write the table of the rows there are.")
 @click.option("--keep", type=click.Path(path_type=Path), metavar="DIR", help="Keep files whose outcome is neither error nor read.")
-def main(mutations: int, faults: int, seed: int, only: tuple[str, ...], kinds: tuple[str, ...], table_only: bool, keep: Path | None) -> None:
+def main(
+        mutations: int, faults: int, seed: int, only: tuple[str, ...], kinds: tuple[str, ...], table_only: bool,
+        keep: Path | None) -> None:
     if table_only:
         replace_table(MARKER, table())
         return
