@@ -184,6 +184,8 @@ def load_images(
         if found is not None:
             return read_folder(found, card.preprocessing, classes)
     hint = "; granq zoo evaluate NAME --download fetches it" if dataset in _TORCHVISION else ""
+    if not root.exists():
+        raise FileNotFoundError(f"there is no folder {str(root)!r}{hint}")
     raise FileNotFoundError(
         f"no {dataset} {split} images under {str(root)!r}; looked for: {', '.join(map(str, looked_for))}{hint}")
 

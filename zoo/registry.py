@@ -105,7 +105,7 @@ def read_weights(card: Card, zoo_dir: str | Path | None = None) -> bytes:
     """
     if card.weights is None:
         source = f"; they come from {card.teacher.source} ({card.teacher.license})" if card.teacher else ""
-        raise FileNotFoundError(f"card {card.name!r} ships no weights{source}: give a file of float weights")
+        raise FileNotFoundError(f"card {card.name!r} ships no weights{source}: give a file of float weights (--weights FILE)")
     file = _root(zoo_dir).joinpath("pretrained", f"{card.name}.safetensors")
     if not file.is_file():
         raise FileNotFoundError(f"weights of zoo entry {card.name!r} are absent: there is no {str(file)!r}")

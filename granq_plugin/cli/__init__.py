@@ -93,6 +93,6 @@ def run(args: list[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt) as e:
         terminated = isinstance(e, Terminated) or isinstance(e.__cause__, Terminated)
         verb = next(iter(sys.argv[1:] if args is None else args), "")
-        hint = "; the same command with --resume goes on from the last checkpoint" if verb in RESUMABLE else ""
+        hint = "; the same command with --resume goes on from the last checkpoint, if there is one" if verb in RESUMABLE else ""
         click.echo(f"granq: {'terminated' if terminated else 'interrupted'}{hint}", err=True)
         return 143 if terminated else 130

@@ -93,6 +93,7 @@ def verify(file, run_dir, data, count, executors, batch_size) -> None:
             result = verify_file(file, network, images, labels=chosen.labels, executors=executors, batch_size=batch_size,
                                  progress=bar.update)
     click.echo(str(result))
+    click.echo(f"{file}: verified" if result.agrees else f"{file}: NOT verified; was it exported from {run_dir}?")
     return 0 if result.agrees else 1
 
 

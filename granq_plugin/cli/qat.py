@@ -80,7 +80,8 @@ def qat(name, out, weights, dataset, weight_bits, act_bits, activations, weight_
         quantization = Quantization(weight_bits, act_bits, regime, activations, learned_scale, weight_range, act_range)
         card = card_of(name, dataset)
     if activations == "folded" and images_file is None:
-        raise click.UsageError("--activations folded needs --images FILE, for ranges to fold: those of a run with memory_size")
+        raise click.UsageError("--activations folded needs --images FILE, for ranges to fold: the images.safetensors that "
+                               "an earlier granq qat of this network left in its RUN_DIR")
     if evaluate_every and data is None and card.dataset != "digits":
         raise click.UsageError("--evaluate-every needs --data DIR")
 
@@ -105,7 +106,9 @@ def qat(name, out, weights, dataset, weight_bits, act_bits, activations, weight_
         writer = _tensorboard(out) if tensorboard and parallel.rank() == 0 else None
 
     def on_float_top1(top1: float) -> None:
-        bar.write(f"float {card.name}: top-1 {top1:.2f} % ({len(test_set)} test images)", file=sys.stderr)
+        mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (card.preprocessing.mean, card.preprocessing.std))
+        bar.write(f"float {card.name}: top-1 {top1:.2f} % ({len(test_set)} test images, normalized with mean {mean}, std {std})",
+                  file=sys.stderr)
 
     def on_epoch(row: dict) -> None:
         words = [f"epoch {row['epoch']}/{config.epochs}", *(
@@ -122,6 +125,9 @@ def qat(name, out, weights, dataset, weight_bits, act_bits, activations, weight_
                                 f"agreement {float(log['agreement']):.0%}", refresh=False)
 
     with tqdm(total=config.total_iterations, unit="it", disable=parallel.rank() > 0 or None) as bar, input_errors():
+        if resume and parallel.rank() == 0:
+            words = "goes on from the last checkpoint" if (out / "checkpoint.pt").is_file() else "no checkpoint: from the beginning"
+            bar.write(f"{out}: {words}", file=sys.stderr)
         run = train_student(
             card, quantization, teacher, config, out, teacher_sha256=teacher_sha256, images=images,
             images_sha256=None if images_file is None else sha256(images_file), test_set=test_set, evaluate_every=evaluate_every,

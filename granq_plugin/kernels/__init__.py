@@ -20,6 +20,7 @@ from granq_plugin.kernels.layout import IDENTITY, Before, Layout, layout_of, sta
 __all__ = ["BACKENDS", "IDENTITY", "Before", "affine_quantize", "backend", "granq", "is_observed", "why_not_compiled"]
 
 BACKENDS = ("eager", "compiled", "triton")
+_MOST_OF_A_SAMPLE = 2**27  # values, which Triton's addresses and grids can count
 _PLAIN = (Tensor, nn.Parameter)  # subclasses (fake tensors, DTensor...) see torch's operations
 
 
@@ -56,7 +57,7 @@ def _choose(x: Tensor, channel_axis: int, layout_of=layout_of) -> tuple[str, Lay
         return "eager", None
     if name == "triton" or (name is None and x.is_cuda):
         problem = _why_not_triton(x)
-        chosen = "triton" if problem is None and x.dtype != torch.float64 else "eager"
+        chosen = "triton" if problem is None and x.dtype != torch.float64 and x.shape[1:].numel() < _MOST_OF_A_SAMPLE else "eager"
     elif not x.is_cpu:
         return "eager", None
     else:
@@ -97,8 +98,8 @@ def granq(x: Tensor, bit_width: int, channel_axis: int = 1, before: Before = IDE
         before: a ReLU and a clamp to do first.
 
     Returns:
-        :class:`~granq_plugin.functional.GranQResult`. Keeps one bit of each value for the backward of a ReLU or clamp, and
-        nothing without.
+        :class:`~granq_plugin.functional.GranQResult`. Keeps one bit of each value (on a GPU one byte) for the backward of a ReLU
+        or clamp, and nothing without.
 
     Raises:
         TypeError, ValueError: as there; see also :func:`backend`.
@@ -123,7 +124,7 @@ def affine_quantize(
         channel_axis: where the channels stand. before: a ReLU and a clamp to do first.
 
     Returns:
-        As there. Keeps one bit of each value for the backward.
+        As there. Keeps one bit of each value (on a GPU one byte) for the backward.
     """
     chosen, layout = _choose(x, channel_axis, static_layout_of if scale.numel() != 1 else whole_layout_of)
     if chosen != "eager":

@@ -79,7 +79,8 @@ class ZeroShotConfig(Settings):
     compile: str = setting(
         "off", "default: torch.compile of teacher, student and generator; cudagraphs: every step is recorded once and launched as "
         "one (one GPU)", choices=("off", "default", "cudagraphs"))
-    checkpoint_every: int = setting(200, "iterations between checkpoints, in a run directory", least=1)
+    checkpoint_every: int = setting(
+        200, "iterations between checkpoints, in a run directory; there is one every minute, too", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,5 +1,6 @@
 """Zero-shot QAT: :func:`zero_shot_qat`."""
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from granq_plugin.zero_shot.statistics import batch_norm_layers
 from granq_plugin.zero_shot.training import Training
 
 __all__ = ["ZeroShotResult", "zero_shot_qat"]
+
+CHECKPOINT_SECONDS = 60
+"""The most that an interrupted run loses, give or take an iteration."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def zero_shot_qat(
         images: ``[N, C, S, S]``, normalized as the network's input: train on these instead of a generator's, e.g. the images of
             another student's run. There is then no warm-up, and an iteration is one student step.
         run_dir: folder for ``config.toml``, ``run.json``, ``metrics.csv`` and ``checkpoint.pt`` (every
-            ``config.checkpoint_every`` iterations).
+            ``config.checkpoint_every`` iterations, and every minute).
         resume: go on from the checkpoint in run_dir; on the CPU, bit-identical to a run that was never interrupted.
         evaluate: called on the student (in evaluation mode) every ``evaluate_every`` epochs and after the last; its number is the
             metric ``accuracy``. It does not influence training.
@@ -109,6 +113,7 @@ def zero_shot_qat(
             on_start()
         with directory.checkpoint() if directory else nullcontext() as state:
             training = Training(student, teacher, config, images, state)
+        saved = time.monotonic()
         while training.iteration < config.total_iterations:
             log = training.step()
             if on_iteration:
@@ -122,8 +127,10 @@ def zero_shot_qat(
                     directory.save_metrics(training.metrics)
                 if on_epoch:
                     on_epoch(row)
-            if directory and (last or training.iteration % config.checkpoint_every == 0):
+            late = time.monotonic() - saved > CHECKPOINT_SECONDS
+            if directory and (last or late or training.iteration % config.checkpoint_every == 0):
                 directory.save_checkpoint(training.state())
+                saved = time.monotonic()
     finally:
         stack.close()
         if training is not None:

@@ -107,7 +107,8 @@ class RunDirectory:
         if "run.json" in others:
             if not resume:
                 raise FileExistsError(
-                    f"run directory {str(self.path)!r} holds a run; go on with it (--resume), or choose another folder")
+                    f"run directory {str(self.path)!r} holds a run; go on with it (--resume; in Python resume=True), or choose "
+                    "another folder")
             known = self._check_same_run(config)
         elif (not resume and (others or parts)) or not others <= {"config.toml"}:  # a killed process had not come further
             raise FileExistsError(f"run directory {str(self.path)!r} is not empty and holds no run; choose another folder")

@@ -46,6 +46,8 @@ def test_torchvision_folder_gives_the_same_images(tmp_path, monkeypatch):
 
 def test_missing_data_says_what_was_looked_for(tmp_path):
     with pytest.raises(FileNotFoundError, match="looked for: .*cifar10/test.npz, .*test.npz, .*cifar-10-batches-py"):
+        load_images(tmp_path, "cifar10")
+    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
         load_images(tmp_path / "nowhere", "cifar10")
     with pytest.raises(ValueError, match="unknown data set 'mnist'; known: cifar10, cifar100"):
         load_images(tmp_path, "mnist")
