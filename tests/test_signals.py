@@ -15,7 +15,7 @@ from granq_plugin.cli.options import MOST_WORDS, input_errors
 from granq_plugin.reading import load_torch
 
 # longer than the second process takes to start, on any machine: all runs are ended by signals
-LONG = ("epochs=200", "iterations=10", "warmup_epochs=1", "batch_size=8", "memory_size=0", "replay_steps=0", "checkpoint_every=1")
+LONG = ("epochs=1000", "iterations=10", "warmup_epochs=1", "batch_size=8", "memory_size=0", "replay_steps=0", "checkpoint_every=1")
 
 
 def granq_qat(folder, *more) -> subprocess.Popen:
@@ -34,6 +34,8 @@ def test_a_run_ends_on_signals_and_is_alone_in_its_folder(tmp_path):
         while process.poll() is None and (not checkpoint.is_file() or load_torch(checkpoint)["iteration"] <= before):
             time.sleep(0.05)
         if second:
+            while process.poll() is None and second.poll() is None:
+                time.sleep(0.05)
             first_lost = process.poll() is not None  # either may have been the first to come
             process, second = (second, process) if first_lost else (process, second)
             _, said = second.communicate()

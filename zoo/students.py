@@ -76,7 +76,8 @@ def load_run(run_dir: str | Path) -> tuple[Student, nn.Module, dict]:
     folder = Path(run_dir)
     for name in ("run.json", "student.safetensors"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{str(folder)!r} holds no finished run of granq qat: there is no {name}")
+            raise FileNotFoundError(f"{str(folder)!r} holds no finished run of granq qat (in Python: zoo.qat.train_student): "
+                                    f"there is no {name}")
     run = read_json(folder / "run.json")
     try:
         network, quantization = run["network"], Quantization(**{f.name: run[f.name] for f in fields(Quantization) if f.name in run})

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from brevitas.proxy import WeightQuantProxyFromInjector
 from brevitas.proxy.quant_proxy import QuantProxyFromInjector
+from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
 from torch import nn
 
 from granq_plugin._version import __version__
@@ -45,6 +47,16 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def bit_widths(model: nn.Module) -> str:
+    """The bit widths of a model's quantizers in words, e.g. "weights 4, 8, activations 4"; empty for a float one."""
+    words = []
+    for name, kind in (("weights", WeightQuantProxyFromInjector), ("activations", ActQuantProxyFromInjectorBase)):
+        found = {int(m.bit_width()) for m in model.modules()
+                 if isinstance(m, kind) and m.is_quant_enabled and m.bit_width() is not None}
+        words += [f"{name} {', '.join(map(str, sorted(found)))}"] if found else []
+    return ", ".join(words)
+
+
 class RunDirectory:
     """A folder that belongs to one run: ``config.toml``, ``run.json``, ``checkpoint.pt``, ``metrics.csv``; rank 0 writes it.
 
@@ -63,7 +75,8 @@ class RunDirectory:
     def __init__(self, path: str | Path, config: Settings, networks: dict[str, nn.Module], resume: bool) -> None:
         self.path, self._lock = Path(path), None
         self._states = {f"{who}_state_sha256": fingerprint(network) for who, network in networks.items()}
-        self.identity = self._states | dict(version=__version__, torch=torch.__version__)
+        self._bits = {f"{who}_bits": bits for who, network in networks.items() if (bits := bit_widths(network))}
+        self.identity = self._states | self._bits | dict(version=__version__, torch=torch.__version__)
         parallel.from_first_rank(lambda: self._prepare(config, resume))
 
     def __enter__(self) -> "RunDirectory":
@@ -123,8 +136,11 @@ class RunDirectory:
         names = [n for n in vars(config) if n not in _FREE_SETTINGS and getattr(stored, n) != getattr(config, n)]
         differences = [f"{n} was {getattr(stored, n)!r}, is {getattr(config, n)!r}" for n in names]
         identity = read_json(self.path / "run.json")
-        differences += [f"another {name.removesuffix('_state_sha256')}" for name, state in self._states.items()
-                        if identity.get(name) != state]
+        for name, state in self._states.items():
+            if identity.get(name) != state:
+                who = name.removesuffix("_state_sha256")
+                was, now = (bits.get(f"{who}_bits") for bits in (identity, self._bits))
+                differences.append(f"another {who}" + (f" (bits were {was}, are {now})" if was != now else ""))
         if differences:
             raise ValueError(f"run directory {str(self.path)!r} holds a different run: {'; '.join(differences)}")
         return identity

@@ -223,7 +223,8 @@ class TestRunDirectory:
         with pytest.raises(ValueError, match="student_lr was 0.01, is 0.02"):
             zero_shot_qat(student, teacher, changed(student_lr=0.02), run_dir=tmp_path, resume=True)
         other = gq.quantize(teacher, 4, 3)
-        with pytest.raises(ValueError, match="another student"):
+        bits = r"another student \(bits were weights 3, activations 3, are weights 4, activations 3\)"
+        with pytest.raises(ValueError, match=bits):
             zero_shot_qat(other, teacher, CONFIG, run_dir=tmp_path, resume=True)
         with torch.no_grad():
             next(teacher.parameters())[0] += 1
