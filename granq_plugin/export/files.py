@@ -80,6 +80,9 @@ def check_contents(model) -> None:
     """Raise a ValueError for what no network of ours has, and what could read other files, run for ever, or fill the memory."""
     import onnx
     from onnx import AttributeProto, TensorProto
+    for end in ("input", "output"):
+        if model.graph.node and not getattr(model.graph, end):
+            raise ValueError(f"its graph has no {end}")
     tensors = list(model.graph.initializer)
     for node in model.graph.node:
         for a in node.attribute:

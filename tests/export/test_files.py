@@ -50,7 +50,8 @@ def function(model):
 @pytest.mark.parametrize("change, words", [
     (external, "tensor 'w' is in another file, which is never read"), (declared, "declares .* elements and does not hold them"),
     (huge_input, "input 'x' declares shape"), (huge_tensor, "tensor 'zeros' has shape"), (function, "defines functions"),
-    (lambda m: mutations._endless_loop(m.graph), "Loop .* holds a graph of its own")])
+    (lambda m: mutations._endless_loop(m.graph), "Loop .* holds a graph of its own"),
+    (lambda m: m.graph.ClearField("output"), "its graph has no output")])
 def test_what_a_network_of_ours_never_has(tmp_path, model, change, words):
     file = tmp_path / "net.onnx"
     (tmp_path.parent / "secret").write_bytes(bytes(32))
