@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from granq_plugin.kernels import gradients
 from granq_plugin.kernels.layout import Before, Layout
 from granq_plugin.kernels.triton_kernel import _before, _largest, _least, _round, _stored, clamp_kind
 
@@ -86,39 +87,15 @@ def _forward(x, scale, zero_point, limits, layout: Layout, before: Before, needs
     return y, mask
 
 
-class _AffineQuantize(torch.autograd.Function):
-
-    @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int], layout: Layout, before: Before):
-        y, ctx.mask = _forward(x, scale, zero_point, limits, layout, before, True)
-        ctx.scale, ctx.layout = scale, layout
-        return y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return _Masked.apply(grad, ctx.mask, ctx.scale, ctx.layout), None, None, None, None, None
-
-
-class _Masked(torch.autograd.Function):
-    """Where the gradient passes, times and through the scale, as autograd does it; linear: its own gradient is the same again."""
-
-    @staticmethod
-    def forward(ctx, grad: Tensor, mask: Tensor, scale: Tensor, layout: Layout) -> Tensor:
-        ctx.mask, ctx.scale, ctx.layout = mask, scale, layout
-        grad = grad.contiguous(memory_format=layout.memory_format)
-        out = torch.empty_like(grad)
-        grid, sizes, constants = _launch(layout)
-        _frozen_backward[grid](grad, out, mask.view(torch.int8), scale, *sizes, **constants)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return _Masked.apply(grad, ctx.mask, ctx.scale, ctx.layout), None, None, None
+def _masked(grad: Tensor, mask: Tensor, scale: Tensor, layout: Layout) -> Tensor:
+    grad = grad.contiguous(memory_format=layout.memory_format)
+    out = torch.empty_like(grad)
+    grid, sizes, constants = _launch(layout)
+    _frozen_backward[grid](grad, out, mask.view(torch.int8), scale, *sizes, **constants)
+    return out
 
 
 def affine_quantize(
         x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int], layout: Layout, before: Before) -> Tensor:
     """See :func:`granq_plugin.kernels.affine_quantize`; scale and zero_point contiguous, float32, one element per channel."""
-    if x.requires_grad and torch.is_grad_enabled():
-        return _AffineQuantize.apply(x, scale, zero_point, limits, layout, before)
-    return _forward(x, scale, zero_point, limits, layout, before, False)[0]
+    return gradients.affine_quantize(_forward, _masked, x, scale, zero_point, limits, layout, before)

@@ -13,11 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from granq_plugin.functional import MIN_RANGE, GranQResult
+from granq_plugin.kernels import gradients
 from granq_plugin.kernels.layout import Before, Layout
 
-__all__ = ["DTYPES", "LONGEST_ROW", "granq"]
+__all__ = ["LONGEST_ROW", "granq"]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 stays with torch's operations
 LONGEST_ROW = 16384
 _TILE = 512  # values of a program, where rows are short
 _ALL_NAN = tl.constexpr(tl.PropagateNan.ALL)
@@ -206,24 +206,10 @@ def _forward(x: Tensor, bit_width: int, layout: Layout, before: Before, needs_ma
     return y, scale, zero_point, mask
 
 
-class _GranQ(torch.autograd.Function):
-
-    @staticmethod
-    def forward(ctx, x: Tensor, bit_width: int, layout: Layout, before: Before):
-        ctx.set_materialize_grads(False)
-        y, scale, zero_point, ctx.mask = _forward(x, bit_width, layout, before, clamp_kind(before) > 0)
-        ctx.mark_non_differentiable(scale, zero_point)
-        return y, scale, zero_point
-
-    @staticmethod
-    def backward(ctx, grad: Tensor | None, *unused):
-        if grad is not None and ctx.mask is not None:
-            grad = torch.where(ctx.mask, grad, 0)
-        return grad, None, None, None
+def _masked(grad: Tensor, mask: Tensor, scale: None, layout: Layout) -> Tensor:
+    return torch.where(mask, grad, 0)
 
 
 def granq(x: Tensor, bit_width: int, layout: Layout, before: Before) -> GranQResult:
     """See :func:`granq_plugin.kernels.granq`."""
-    if x.requires_grad and torch.is_grad_enabled():
-        return GranQResult(*_GranQ.apply(x, bit_width, layout, before))
-    return GranQResult(*_forward(x, bit_width, layout, before, False)[:3])
+    return gradients.granq(_forward, _masked, x, bit_width, layout, before)
