@@ -62,8 +62,10 @@ def speeds(quantizer: list[dict], recipe: list[dict], evaluate: list[dict], ladd
     files = [r for r in ladder if r["rung"] == "exported file"]
     same, of = (sum(int(r[k]) for r in files) for k in ("same_top1_as_folded", "images"))
     loops = [float(r["ratio"]) for r in recipe if r["device"] == "cpu"]
-    recorded = {r["device"]: [float(o["ratio"]) for o in recipe if (o["device"], o["compile"]) == (r["device"], "cudagraphs")]
-                for r in recipe if r["compile"] == "cudagraphs"}
+    recorded: dict[str, list[float]] = {}
+    for r in recipe:
+        if r["compile"] == "cudagraphs":
+            recorded.setdefault(r["device"], []).append(float(r["ratio"]))
     shares = [100 * float(r["ratio"]) for r in evaluate if (r["device"], r["network"]) == ("cpu", "dynamic")]
     return [
         f"Exported files ({len(files)}, in onnxruntime): the torch network's top-1 class on {same:,} of {of:,} images.",

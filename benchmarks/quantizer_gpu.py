@@ -65,20 +65,16 @@ def recorded(run: Callable[[], None], pool: tuple | None = None) -> Callable[[],
     """``run`` as a CUDA graph; None if it cannot be recorded: it reads values back. Graphs of one pool share their memory, which is
     right for runs that nobody wants the results of."""
     import torch
-    from torch import cuda
-    stream = cuda.Stream()
-    stream.wait_stream(cuda.current_stream())
-    with cuda.stream(stream):
-        run()
-    cuda.current_stream().wait_stream(stream)
-    graph = cuda.CUDAGraph()
+
+    from granq_plugin.zero_shot.graphs import RecordedStep
+    step = RecordedStep(run, warm_up=1, pool=pool)
+    step()
     try:
-        with cuda.graph(graph, pool=pool):
-            run()
+        step()
     except (RuntimeError, torch.AcceleratorError):
-        cuda.synchronize()
+        torch.cuda.synchronize()
         return None
-    return graph.replay
+    return step
 
 
 def in_turns(functions: dict[str, Callable], calls: int, seconds: float, least: int = 5) -> dict[str, list[float]]:

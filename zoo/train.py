@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from granq_plugin.settings import Settings, setting
-from granq_plugin.zero_shot.graphs import RecordedStep
+from granq_plugin.zero_shot.graphs import RecordedStep, check_device
 from granq_plugin.zero_shot.run_directory import RunDirectory
 from granq_plugin.zero_shot.weights import load_optimizer
 from zoo.card import Preprocessing
@@ -125,9 +125,8 @@ def train_teacher(
             :class:`~granq_plugin.zero_shot.run_directory.RunDirectory`.
     """
     preprocessing(data.images[:1])  # complains before training
-    device = next(model.parameters()).device
-    if config.compile == "cudagraphs" and device.type != "cuda":
-        raise ValueError(f"compile='cudagraphs' needs a GPU; the network is on {device}")
+    if config.compile == "cudagraphs":
+        check_device(next(model.parameters()).device, "network")
     if len(data) < config.batch_size:
         raise ValueError(f"batch_size={config.batch_size} exceeds the {len(data)} training images of {data.source!r}")
     if run_dir is None:

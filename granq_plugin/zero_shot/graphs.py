@@ -9,7 +9,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["RecordedStep"]
+__all__ = ["RecordedStep", "check_device"]
+
+
+def check_device(device: torch.device, network: str) -> None:
+    """Raise a ValueError, before work starts, where nothing can be recorded."""
+    if device.type != "cuda":
+        raise ValueError(f"compile='cudagraphs' needs a GPU; the {network} is on {device}")
 
 
 class RecordedStep:
@@ -19,13 +25,14 @@ class RecordedStep:
         step: a function of tensors that reads no value back from the GPU, on parameters and buffers that keep their memory. What it
             returns is returned by every call, with other values: copy what shall outlast the next call.
         warm_up: calls that run the step itself, so that libraries and kernels are there before they are recorded.
+        pool: of ``torch.cuda.graph_pool_handle()``, for steps that may overwrite one another's results; None: memory of its own.
 
     Raises:
         ValueError: at a call with inputs of other shapes than the recorded ones.
     """
 
-    def __init__(self, step: Callable, warm_up: int = 3) -> None:
-        self._step, self._left = step, warm_up
+    def __init__(self, step: Callable, warm_up: int = 3, pool: tuple[int, int] | None = None) -> None:
+        self._step, self._left, self._pool = step, warm_up, pool
         self._stream = torch.cuda.Stream()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []
@@ -55,5 +62,5 @@ class RecordedStep:
     def _record(self, inputs: tuple[Tensor, ...]) -> None:
         self._inputs = [x.detach().clone() for x in inputs]
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, pool=self._pool):
             self._outputs = self._step(*self._inputs)

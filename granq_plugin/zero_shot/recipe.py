@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from granq_plugin.zero_shot import parallel
 from granq_plugin.zero_shot.config import ZeroShotConfig
 from granq_plugin.zero_shot.generator import Generator
+from granq_plugin.zero_shot.graphs import check_device
 from granq_plugin.zero_shot.run_directory import RunDirectory
 from granq_plugin.zero_shot.statistics import batch_norm_layers
 from granq_plugin.zero_shot.training import Training
@@ -163,10 +164,10 @@ def _check(student: nn.Module, teacher: nn.Module, config: ZeroShotConfig, image
     own = next(student.parameters())
     if own.device != like.device:
         raise ValueError(f"student and teacher must be on one device; they are on {own.device} and {like.device}")
-    if config.compile == "cudagraphs" and like.device.type != "cuda":
-        raise ValueError(f"compile='cudagraphs' needs a GPU; the teacher is on {like.device}")
-    if config.compile == "cudagraphs" and parallel.world_size() > 1:
-        raise ValueError(f"compile='cudagraphs' is for one process, and these are {parallel.world_size()}: use off or default")
+    if config.compile == "cudagraphs":
+        check_device(like.device, "teacher")
+        if parallel.world_size() > 1:
+            raise ValueError(f"compile='cudagraphs' is for one process, and these are {parallel.world_size()}: use off or default")
     with torch.no_grad():
         try:
             logits = teacher(torch.zeros(2, *shape, device=like.device, dtype=like.dtype))

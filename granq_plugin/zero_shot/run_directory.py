@@ -51,8 +51,8 @@ def bit_widths(model: nn.Module) -> str:
     """The bit widths of a model's quantizers in words, e.g. "weights 4, 8, activations 4"; empty for a float one."""
     words = []
     for name, kind in (("weights", WeightQuantProxyFromInjector), ("activations", ActQuantProxyFromInjectorBase)):
-        found = {int(m.bit_width()) for m in model.modules()
-                 if isinstance(m, kind) and m.is_quant_enabled and m.bit_width() is not None}
+        found = {int(bits) for m in model.modules()
+                 if isinstance(m, kind) and m.is_quant_enabled and (bits := m.bit_width()) is not None}
         words += [f"{name} {', '.join(map(str, sorted(found)))}"] if found else []
     return ", ".join(words)
 
