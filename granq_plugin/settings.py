@@ -47,6 +47,11 @@ class Settings:
         lines = [f"{f.name} = {_toml(getattr(self, f.name))}  # {f.metadata['meaning']}" for f in dataclasses.fields(self)]
         return "\n".join(lines) + "\n"
 
+    def differences(self: S, base: S) -> str:
+        """The settings that are not ``base``'s, as ``name = value`` in TOML, separated by commas."""
+        names = (f.name for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(base, f.name))
+        return ", ".join(f"{name} = {_toml(getattr(self, name))}" for name in names)
+
     @classmethod
     def from_toml(cls: type[S], text: str, base: S | None = None) -> S:
         """Settings from TOML; those that it leaves out are ``base``'s, or the defaults.

@@ -14,7 +14,9 @@ from click.testing import CliRunner
 import zoo
 from granq_plugin import cli
 from granq_plugin.export.ranges_plot import activation_scales
+from granq_plugin.zero_shot import ZeroShotConfig
 from zoo.students import static_and_folded
+from zoo.train import TrainConfig
 
 NAME = "resnet20_cifar10"
 
@@ -117,6 +119,22 @@ def test_no_arguments_show_the_help(capsys):
     assert code == 0 and "evaluate" in out
 
 
+def test_help_tells_every_verb_in_a_whole_sentence(capsys):
+    for group, verbs in (([], cli.VERBS), (["zoo"], ("add", "card", "evaluate", "list", "table"))):
+        _, out, _ = run([*group, "--help"], capsys)
+        lines = [line for line in out.splitlines() if line.strip().split(" ")[0] in verbs and line.startswith("  ")]
+        assert len(lines) >= len(verbs) and all(line.endswith(".") and not line.endswith("..") for line in lines[-len(verbs):])
+
+
+@pytest.mark.parametrize("verb, some", [
+    ("qat", "# digits_fast: image_size = 8, "), ("train-teacher", "# cifar10: start_size = 20\n")])
+def test_help_config_prints_defaults_that_are_toml_and_what_presets_change(capsys, verb, some):
+    code, out, _ = run([verb, "--help-config"], capsys)
+    settings, presets = out.split("\n\n")
+    config = (ZeroShotConfig if verb == "qat" else TrainConfig)
+    assert code == 0 and config.from_toml(settings) == config() and some in presets
+
+
 def test_no_data_folder(folder, capsys, monkeypatch):
     monkeypatch.delenv("GRANQ_DATA", raising=False)
     code, _, err = run(["evaluate", NAME, "--weights", folder / "w.pt"], capsys)
@@ -163,6 +181,8 @@ def test_digits_need_neither_data_nor_weights(tmp_path, capsys, monkeypatch):
     assert report["float_top1"] == pytest.approx(100 * card.results.correct / card.results.images)
     assert report["weights_sha256"] == card.weights.sha256 and report["images"] == 359
     few = ("epochs=2", "iterations=1", "warmup_epochs=1", "batch_size=4", "memory_size=8", "replay_steps=1")
+    code, _, err = run(["qat", card.name, "--out", tmp_path / "few", "--count", 20, *(f"--set={s}" for s in few)], capsys)
+    assert code == 0 and json.loads((tmp_path / "few" / "run.json").read_text())["test_images"] == 20, err
     code, _, err = run(["qat", card.name, "--out", tmp_path / "run", *(f"--set={s}" for s in few)], capsys)
     assert code == 0, err
     entries = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -212,7 +232,9 @@ def test_ranges_of_zoo_entries_are_drawn(tmp_path, capsys):
                           ("resnet9_digits", "no zoo entry 'resnet9_digits'"), (tmp_path, "holds no finished run")):
         code, _, err = run(["ranges", name, "--out", tmp_path / "none.png"], capsys)
         assert code == 2 and message in err and err.count("\n") == 1
-    assert not (tmp_path / "none.png").exists()
+    code, _, err = run(["ranges", "resnet8_digits.granq_w3a3_static", "--out", tmp_path / "none.txt"], capsys)
+    assert code == 2 and "its name must end in .png, got" in err
+    assert not list(tmp_path.glob("none.*"))
 
 
 def test_the_folded_entry_s_ranges_are_those_that_were_folded():

@@ -55,8 +55,10 @@ def get_card(name: str, zoo_dir: str | Path | None = None) -> Card:
         return Card.from_toml(path.stem, read_text(path))
     names = list_models("*", zoo_dir)
     if name not in names:
-        near = difflib.get_close_matches(name, names, cutoff=0.3) or names
-        raise ValueError(f"no zoo entry {name!r}; did you mean: {', '.join(near)}")
+        near = difflib.get_close_matches(name, names, cutoff=0.3)
+        if near:
+            raise ValueError(f"no zoo entry {name!r}; did you mean: {', '.join(near)}")
+        raise ValueError(f"no zoo entry {name!r}; granq zoo list (zoo.list_models()) shows all {len(names)}")
     return Card.from_toml(name, _root(zoo_dir).joinpath("cards", f"{name}.toml").read_text(encoding="utf-8"))
 
 
@@ -71,8 +73,9 @@ def card_of(reference: str, dataset: str | None = None) -> Card:
     """
     if ":" in reference and not reference.endswith(".toml"):
         if dataset not in DATASETS:
-            raise ValueError(f"{reference!r} needs a data set (--dataset), one of {', '.join(DATASETS)}, got {dataset!r}; for "
-                             "others, or other preprocessing, write a card file")
+            got = "" if dataset is None else f", got {dataset!r}"
+            raise ValueError(f"{reference!r} needs a data set (--dataset), one of {', '.join(DATASETS)}{got}; for others, or other "
+                             "preprocessing, write a card file")
         num_classes, preprocessing = DATASETS[dataset]
         return Card(reference.split(":")[1], reference, dataset, num_classes, preprocessing)
     card = get_card(reference)

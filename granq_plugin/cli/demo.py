@@ -21,10 +21,11 @@ _BAR = "{desc} {percentage:3.0f}% |{bar:30}| {elapsed}"
 @click.option("--weight-bits", type=click.IntRange(2, 8), default=3, show_default=True, help="Bit width of the weights.")
 @click.option("--act-bits", type=click.IntRange(2, 8), default=3, show_default=True, help="Bit width of the activations.")
 def demo(out, weight_bits, act_bits) -> None:
-    """Make a low-bit network without data, from end to end, in a few minutes; nothing is downloaded.
+    """Make a low-bit network without data, from end to end.
 
-    A float network for handwritten digits, which comes with the package, is quantized, trained on invented images, made ready for
-    FPGAs, exported, run in other programs, and described in DIR/report.html.
+    It takes a few minutes, and nothing is downloaded. A float network for handwritten digits, which comes with the package, is
+    quantized, trained on invented images, made ready for FPGAs, exported, run in other programs, and described in
+    DIR/report.html.
 
     \b
     Example:
@@ -45,7 +46,7 @@ def demo(out, weight_bits, act_bits) -> None:
                 bars.close()
                 bar = tqdm(total=total, desc=f"{words:28}", bar_format=_BAR, file=sys.stderr, disable=None)
                 if bar.disable:  # not a terminal
-                    click.echo(words, err=True)
+                    return _quarters(words, total)
                 return bars.enter_context(bar).update
             report = run_demo(out, weight_bits, act_bits, stage=stage)
     except KeyboardInterrupt:
@@ -54,12 +55,28 @@ def demo(out, weight_bits, act_bits) -> None:
     click.echo(_summary(report, out))
 
 
+def _quarters(words: str, total: int):
+    """Progress as lines, for a log: the stage, then each quarter of it."""
+    click.echo(words, err=True)
+    done = 0
+
+    def update(steps: int) -> None:
+        nonlocal done
+        before, done = done, done + steps
+        if 4 * done // total > 4 * before // total:
+            click.echo(f"{words}: {100 * done // total} %", err=True)
+    return update
+
+
 def _summary(report: dict, out: Path) -> str:
     from zoo.demo.pictures import LABELS
     lines = [f"\n{report['network']}, {report['test_images']} test images, which no training has seen"]
     for step in report["ladder"]:
         kept = "" if step["key"] == "float" else f"   {step['retention']:6.1%} of float"
         lines.append(f"  {LABELS[step['key']].format(bits=report['bits']):40} {step['top1']:6.2f} %{kept}")
+    last = report["ladder"][-1]
+    lines.append(f"  (95 % interval of the last one: {last['low']:.1f} to {last['high']:.1f} %; steps that differ by less are "
+                 "not told apart)")
     for file in report["verification"]:
         for e in file["executors"]:
             lines.append(f"  {file['file'] + ' in ' + e['executor']:40} {100 * e['correct'] / e['images']:6.2f} %   "

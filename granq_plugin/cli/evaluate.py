@@ -33,7 +33,9 @@ __all__ = ["evaluate"]
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Also write the result there.")
 def evaluate(name, weight_bits, act_bits, weight_regime, static, calibration_data, calibration_images, data, weights,
              dataset, batch_size, device, threads, json_path) -> None:
-    """Quantize a network (no training) and print its top-1 accuracy beside the float one's.
+    """Quantize a network without training, and evaluate it.
+
+    Prints its top-1 accuracy beside the float one's.
 
     NAME is a float zoo entry, a card file PATH.toml, or module:function of your own.
 

@@ -19,7 +19,9 @@ FORMATS = ("qonnx", "qcdq", "finn")
 @click.option("--top-k", type=click.IntRange(min=1), help="finn: end in the indices of the k largest outputs.")
 @click.option("--dynamo", is_flag=True, help="qonnx, qcdq: torch's dynamo exporter instead of the older one.")
 def export(run_dir, file_format, out, top_k, dynamo) -> None:
-    """Write the network of RUN_DIR (of granq qat) as an ONNX file that other tools read and compute alike.
+    """Write the network of RUN_DIR as an ONNX file.
+
+    RUN_DIR is of granq qat. Other tools read the file, and compute what torch does.
 
     \b
     Example:
@@ -66,11 +68,12 @@ def export(run_dir, file_format, out, top_k, dynamo) -> None:
               default=("onnxruntime", "qonnx"), show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=50, show_default=True)
 def verify(file, run_dir, data, count, executors, batch_size) -> None:
-    """Run an exported FILE and the torch network on the same images; exit code 1 unless they agree.
+    """Compare an exported FILE with its torch network.
 
-    They agree if every activation's integers are equal, each layer given torch's activations, but for those that lie so near to a
-    rounding tie that float32 sums in another order explain them; and the outputs within 1e-5. hls4ml (extra hls; files of --format
-    finn; compiled with g++) has no such view: there every image's top-1 must be the same.
+    Both run on the same images; the exit code is 1 unless they agree. They agree if every activation's integers are equal, each
+    layer given torch's activations, but for those that lie so near to a rounding tie that float32 sums in another order explain
+    them; and the outputs within 1e-5. hls4ml (extra hls; files of --format finn; compiled with g++) has no such view: there every
+    image's top-1 must be the same.
 
     \b
     Example:
@@ -100,7 +103,9 @@ def verify(file, run_dir, data, count, executors, batch_size) -> None:
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 def report(file) -> None:
-    """Print operations, bit operations and memory of an exported FILE, per layer and in total, beside 8-bit and float.
+    """Print operations and memory of an exported FILE.
+
+    Multiply-accumulates, bit operations and bytes, per layer and in total, beside 8-bit and float.
 
     \b
     Example:
@@ -115,9 +120,10 @@ def report(file) -> None:
 @click.argument("source", metavar="NAME|RUN_DIR", shell_complete=complete_names())
 @click.option("--out", type=click.Path(path_type=Path), metavar="PNG", required=True, help="The picture.")
 def ranges(source, out) -> None:
-    """Draw the activation scale of every channel: of a network with static ranges, or before and after folding.
+    """Draw the activation scale of every channel.
 
-    NAME is a zoo entry, RUN_DIR a run of granq qat, with static or folded activations. Dynamic ranges are every image's own.
+    Of a network with static ranges, or before and after folding. NAME is a zoo entry, RUN_DIR a run of granq qat, with static or
+    folded activations. Dynamic ranges are every image's own.
 
     \b
     Example:

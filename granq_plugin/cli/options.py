@@ -9,7 +9,7 @@ import click
 
 __all__ = [
     "BitWidth", "advance", "complete_names", "complete_presets", "help_config", "input_errors", "join_ranks", "open_device",
-    "settings_from"]
+    "presets_text", "settings_from"]
 
 _EXTRAS = dict(hls4ml="hls", tensorboard="tensorboard") | dict.fromkeys(
     ("matplotlib", "safetensors", "sklearn", "torchvision"), "zoo") | dict.fromkeys(
@@ -127,6 +127,13 @@ def join_ranks(device: str) -> str:
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
     return device
+
+
+def presets_text(presets: dict, defaults) -> str:
+    """All settings with their defaults and meaning, then what each preset (a data set's, for teachers) has instead."""
+    lines = [f"# {name}: {config.differences(defaults) or 'the defaults'}\n" for name, config in presets.items()]
+    return (f"# all settings, their defaults and their meaning\n{defaults.to_toml()}\n"
+            f"# presets, and what they have instead\n{''.join(lines)}")
 
 
 def settings_from(base, config_file: Path | None, assignments: tuple[str, ...]):

@@ -14,6 +14,7 @@ from granq_plugin.cli.options import (
     input_errors,
     join_ranks,
     open_device,
+    presets_text,
     settings_from,
 )
 from zoo.quantization import ACT_RANGE_MODES, ACTIVATIONS, WEIGHT_RANGE_MODES, WEIGHT_REGIMES, Quantization
@@ -23,7 +24,7 @@ __all__ = ["qat"]
 
 def _settings_text() -> str:
     from granq_plugin.zero_shot import PRESETS, ZeroShotConfig
-    return f"presets: {', '.join(PRESETS)}\n\n# preset cifar10, with what a setting means:\n{ZeroShotConfig().to_toml()}"
+    return presets_text(PRESETS, ZeroShotConfig())
 
 
 @click.command()
@@ -55,6 +56,8 @@ def _settings_text() -> str:
               help="images.safetensors of another run with memory_size: learn from these, without a generator.")
 @click.option("--data", type=click.Path(path_type=Path), metavar="DIR", envvar="GRANQ_DATA", show_envvar=True,
               help="Folder with the test images; which training never sees; without it, only digits are evaluated.")
+@click.option("--count", type=click.IntRange(min=1), metavar="N",
+              help="With --data: evaluate on N of the test images, drawn with a fixed seed  [default: all].")
 @click.option("--evaluate-every", type=click.IntRange(min=1), metavar="EPOCHS",
               help="With --data: evaluate that often  [default: at the end].")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in RUN_DIR, if there is one.")
@@ -62,8 +65,11 @@ def _settings_text() -> str:
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's].")
 @click.option("--tensorboard", is_flag=True, help="Also write metrics for TensorBoard to RUN_DIR/tensorboard.")
 def qat(name, out, weights, dataset, weight_bits, act_bits, activations, weight_regime, weight_range, act_range, learned_scale,
-        preset_name, config_file, assignments, images_file, data, evaluate_every, resume, device, threads, tensorboard) -> None:
-    """Train a low-bit network without data: a generator invents images, the float network teaches.
+        preset_name, config_file, assignments, images_file, data, count, evaluate_every, resume, device, threads,
+        tensorboard) -> None:
+    """Train a low-bit network without data.
+
+    A generator invents images, and the float network teaches.
 
     NAME is a float zoo entry, a card file PATH.toml, or module:function of your own.
 
@@ -82,8 +88,9 @@ def qat(name, out, weights, dataset, weight_bits, act_bits, activations, weight_
     if activations == "folded" and images_file is None:
         raise click.UsageError("--activations folded needs --images FILE, for ranges to fold: the images.safetensors that "
                                "an earlier granq qat of this network left in its RUN_DIR")
-    if evaluate_every and data is None and card.dataset != "digits":
-        raise click.UsageError("--evaluate-every needs --data DIR")
+    for option, value in (("--count", count), ("--evaluate-every", evaluate_every)):
+        if value and data is None and card.dataset != "digits":
+            raise click.UsageError(f"{option} needs --data DIR")
 
     import torch
     from tqdm import tqdm
@@ -103,6 +110,7 @@ def qat(name, out, weights, dataset, weight_bits, act_bits, activations, weight_
         images = None if images_file is None else read_images(images_file)
         has_test_set = data is not None or card.dataset in zoo.data.BUNDLED
         test_set = zoo.data.load_images(data, card.dataset, card=card) if has_test_set else None
+        test_set = test_set.subset(count) if test_set and count else test_set
         writer = _tensorboard(out) if tensorboard and parallel.rank() == 0 else None
 
     def on_float_top1(top1: float) -> None:

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import click
 
-from granq_plugin.cli.options import advance, complete_names, help_config, input_errors, open_device, settings_from
+from granq_plugin.cli.options import advance, complete_names, help_config, input_errors, open_device, presets_text, settings_from
 
 __all__ = ["train_teacher"]
 
 
 def _settings_text() -> str:
     from zoo.train import TRAIN_PRESETS, TrainConfig
-    return f"data sets with settings of their own: {', '.join(TRAIN_PRESETS)}\n\n{TrainConfig().to_toml()}"
+    return presets_text(TRAIN_PRESETS, TrainConfig())
 
 
 @click.command("train-teacher")
@@ -32,8 +32,9 @@ def _settings_text() -> str:
 @click.option("--device", default="cpu", show_default=True, help="torch device, e.g. cuda.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's].")
 def train_teacher(name, data, out, config_file, assignments, holdout, resume, device, threads) -> None:
-    """Train a float network of the zoo on labelled images, to be the teacher of granq qat.
+    """Train a float network on labelled images, as a teacher.
 
+    The teacher is for granq qat, which takes it with --weights.
     RUN_DIR gets config.toml, run.json, metrics.csv, checkpoint.pt (every epoch) and teacher.safetensors.
 
     \b

@@ -32,7 +32,9 @@ def zoo() -> None:
 @click.argument("pattern", default="*", shell_complete=complete_names())
 @zoo_option
 def list_entries(pattern, zoo_dir) -> None:
-    """List the entries that match a shell PATTERN: data set, accuracy, size.
+    """List entries: data set, accuracy, size.
+
+    Those that match a shell PATTERN, e.g. "resnet20*".
 
     \b
     Example:
@@ -42,7 +44,7 @@ def list_entries(pattern, zoo_dir) -> None:
         from zoo import get_card, list_models
         names = list_models(pattern, zoo_dir)
         if not names:
-            raise ValueError(f"no zoo entry matches {pattern!r}; entries are: {', '.join(list_models('*', zoo_dir)) or 'none'}")
+            raise ValueError(f"no zoo entry matches {pattern!r}; without a pattern all {len(list_models('*', zoo_dir))} are shown")
         width = max(map(len, names))
         for name in names:
             card = get_card(name, zoo_dir)
@@ -55,7 +57,9 @@ def list_entries(pattern, zoo_dir) -> None:
 @click.argument("name", shell_complete=complete_names())
 @zoo_option
 def show_card(name, zoo_dir) -> None:
-    """Print the card of an entry, as TOML: where it comes from, how it was made, accuracy, costs, licences.
+    """Print the card of an entry, as TOML.
+
+    Where it comes from, how it was made, accuracy, costs, licences.
 
     \b
     Example:
@@ -80,7 +84,9 @@ def show_card(name, zoo_dir) -> None:
 @download_option
 @zoo_option
 def evaluate(name, data, weights, tolerance, update_card, batch_size, device, threads, download, zoo_dir) -> int:
-    """Evaluate an entry on its test set and compare with its card; exit code 1 if the counts differ by more than --tolerance.
+    """Evaluate an entry, and compare it with its card.
+
+    The exit code is 1 if the counts of correct test images differ by more than --tolerance.
 
     NAME is an entry or a card file PATH.toml. Under torchrun the ranks share the test set.
 
@@ -135,7 +141,9 @@ def evaluate(name, data, weights, tolerance, update_card, batch_size, device, th
 @download_option
 @zoo_option
 def add(run_dir, name, license, overwrite, data, batch_size, download, zoo_dir) -> None:
-    """Publish a finished run: pack its weights, evaluate what was packed, and write card, log and settings.
+    """Publish a finished run as an entry.
+
+    Packs its weights, evaluates what was packed, and writes card, log and settings.
 
     RUN_DIR is one of granq qat, or of granq train-teacher.
 
@@ -166,7 +174,9 @@ def add(run_dir, name, license, overwrite, data, batch_size, download, zoo_dir) 
               help="Also draw zoo_accuracy.png and zoo_bit_operations.png there.")
 @zoo_option
 def table(readme, plots, zoo_dir) -> None:
-    """Print the table of all entries with results, as Markdown, beside published ones; or write it, with its pictures.
+    """Print the table of all results, as Markdown.
+
+    Entries beside published ones; or write it, with its pictures.
 
     \b
     Example:

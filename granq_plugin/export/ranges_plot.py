@@ -33,8 +33,8 @@ def plot_ranges(static: nn.Module, folded: nn.Module | None, path: str | Path) -
         path: a PNG file.
 
     Raises:
-        ValueError: if either has no static activation quantizer, or static has no ranges. OSError: if the file cannot be written.
-        ModuleNotFoundError: without matplotlib (extra ``zoo``).
+        ValueError: if either has no static activation quantizer, or static has no ranges; for another kind of file.
+        OSError: if the file cannot be written. ModuleNotFoundError: without matplotlib (extra ``zoo``).
 
     Example:
         >>> import tempfile
@@ -44,6 +44,8 @@ def plot_ranges(static: nn.Module, folded: nn.Module | None, path: str | Path) -
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     plot_ranges(static, None, f"{folder}/ranges.png")
     """
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"the picture is a PNG file: its name must end in .png, got {str(path)!r}")
     try:
         stages = {"before folding": activation_scales(static)}
         if folded is not None:

@@ -17,8 +17,7 @@ WIDTH = 600
 PANELS = (
     ("loss of the generator", dict(loss_generator="all of it", loss_bn="distance from BatchNorm statistics"), False),
     ("loss of the student", dict(loss_student="distance from the teacher's answers"), True),
-    ("agreement and accuracy", dict(agreement="agreement with the teacher, synthetic images", accuracy="accuracy, test images"),
-     False))
+    ("agreement with the teacher", dict(agreement="of answers, synthetic images", accuracy="accuracy, test images"), False))
 """Title, names and words of metrics, whether logarithmic."""
 
 

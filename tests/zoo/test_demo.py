@@ -102,7 +102,7 @@ def test_a_second_start_goes_on(finished):
     (out / "report.html.part123").write_text("half")
     before = (out / "dynamic" / "checkpoint.pt").read_bytes()
     again = few(out)
-    assert again["resumed"] and again["ladder"] == report["ladder"]
+    assert again["resumed"] and again["ladder"] == report["ladder"] and again["seconds"] == report["seconds"]
     assert (out / "dynamic" / "checkpoint.pt").read_bytes() == before
     assert not list(out.rglob("*.part*"))
 
@@ -135,7 +135,8 @@ def test_the_command_prints_the_numbers_and_the_path(tmp_path, monkeypatch, caps
     monkeypatch.setattr("zoo.demo.pipeline.load_images", lambda *_: load_digits().subset(COUNT))
     assert granq(["demo"]) == 0
     torch.set_num_threads(threads)
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "with static ranges: 50 %" in err and "verifying the exported files: 100 %" in err  # no terminal: lines
     report = json.loads((tmp_path / "granq-demo" / "report.json").read_text())
     for step in report["ladder"]:
         assert re.search(rf" {step['top1']:.2f} %", out)

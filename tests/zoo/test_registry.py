@@ -49,6 +49,8 @@ def test_patterns_and_unknown_names(folder):
     assert zoo.list_models(zoo_dir=folder) == ["own"] and zoo.list_models(zoo_dir=folder / "none") == []
     with pytest.raises(ValueError, match="no zoo entry 'resnet2_cifar10'; did you mean: resnet20_cifar10"):
         zoo.get_card("resnet2_cifar10")
+    with pytest.raises(ValueError, match=rf"no zoo entry '\?\?'; granq zoo list .* shows all {len(zoo.list_models())}"):
+        zoo.get_card("??")
     with pytest.raises(FileNotFoundError, match="card file 'no.toml' does not exist"):
         zoo.get_card("no.toml")
 
@@ -114,8 +116,10 @@ def test_networks_of_the_user_s_own(tmp_path, monkeypatch, capsys):
     card = card_of("nets_of_mine:small", "cifar100")
     network = card.build()
     assert card.num_classes == 100 and network(card.example_input()).shape == (1, 100)
-    with pytest.raises(ValueError, match=r"needs a data set \(--dataset\), one of cifar10, cifar100, digits, imagenet, got None"):
+    with pytest.raises(ValueError, match=r"needs a data set \(--dataset\), one of cifar10, cifar100, digits, imagenet; for others"):
         card_of("nets_of_mine:small")
+    with pytest.raises(ValueError, match="one of cifar10, cifar100, digits, imagenet, got 'svhn'"):
+        card_of("nets_of_mine:small", "svhn")
     with pytest.warns(match="torch.jit.script"), pytest.raises(ValueError, match="got RecursiveScriptModule"):
         card_of("nets_of_mine:scripted", "cifar10").build()
     (tmp_path / "mine.toml").write_text(card.to_toml())
