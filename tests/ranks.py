@@ -126,7 +126,7 @@ def zero_shot(act: str, accumulation_steps: int) -> dict[str, torch.Tensor]:
     student = quantize(teacher, 3, 3, act_quant=quant)
     config = preset(
         "cifar10", image_size=8, batch_size=8, epochs=3, iterations=3, warmup_epochs=1, student_lr=1e-2, memory_size=20,
-        replay_steps=1, accumulation_steps=accumulation_steps)
+        replay_steps=1, accumulation_steps=accumulation_steps, image_gain=1.5, image_shift=1, image_flip=True)
     result = zero_shot_qat(student, teacher, config, evaluate=lambda network: float(network(torch.ones(1, 3, 8, 8).double()).sum()))
     metrics = [[v for k, v in row.items() if k != "images_per_second"] for row in result.metrics]
     generator = {f"generator.{k}": v for k, v in result.generator.state_dict().items()}

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from granq_plugin.settings import Settings, setting
+from granq_plugin.zero_shot.augmentation import random_crop_flip
 from granq_plugin.zero_shot.graphs import RecordedStep, check_device
 from granq_plugin.zero_shot.run_directory import RunDirectory
 from granq_plugin.zero_shot.weights import load_optimizer
 from zoo.card import Preprocessing
 from zoo.data import ImageSet
 
-__all__ = ["TRAIN_PRESETS", "TrainConfig", "random_crop_flip", "train_preset", "train_teacher"]
+__all__ = ["TRAIN_PRESETS", "TrainConfig", "train_preset", "train_teacher"]
 
 
 @dataclass(frozen=True)
@@ -72,28 +73,6 @@ TRAIN_PRESETS: dict[str, TrainConfig] = {
 def train_preset(dataset: str, **settings) -> TrainConfig:
     """The data set's settings, or the defaults where it has none, with others where given."""
     return TRAIN_PRESETS.get(dataset, TrainConfig()).replace(**settings)
-
-
-def random_crop_flip(images: Tensor, padding: int, flip: bool, rng: torch.Generator) -> Tensor:
-    """Crop every image of a batch at its own random place after zero padding, and mirror every second one, at random.
-
-    Args:
-        images: ``[B, C, H, W]``, of any dtype, on the CPU or a GPU. rng: on the CPU; decides the same on every device.
-
-    Returns:
-        ``[B, C, H, W]``.
-    """
-    count, channels, height, width = images.shape
-    top, left = torch.randint(2 * padding + 1, (2, count), generator=rng)
-    rows = top[:, None] + torch.arange(height)
-    columns = left[:, None] + torch.arange(width)
-    if flip:
-        mirrored = torch.rand(count, generator=rng) < 0.5
-        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    padded = F.pad(images, (padding, ) * 4)
-    index = (torch.arange(count)[:, None, None, None], torch.arange(channels)[:, None, None], rows[:, None, :, None],
-             columns[:, None, None, :])
-    return padded[tuple(i.to(images.device) for i in index)]
 
 
 def train_teacher(

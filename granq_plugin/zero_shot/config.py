@@ -63,6 +63,12 @@ class ZeroShotConfig(Settings):
     memory_size: int = setting(0, "synthetic images that are kept with the teacher's logits, the latest ones; 0: none", least=0)
     replay_steps: int = setting(0, "additional student steps per iteration on images drawn from the memory", least=0)
 
+    image_gain: float = setting(
+        1.0, "images from the memory are multiplied by random factors from its inverse to it; 1: none (beyond the paper)", least=1,
+        most=100)
+    image_shift: int = setting(0, "images from the memory are moved by up to so many pixels, at random (beyond the paper)", least=0)
+    image_flip: bool = setting(False, "every second image from the memory is mirrored, at random (beyond the paper)")
+
     feature_loss: str = setting(
         "off", "also distil the BatchNorm outputs: as they are, or their attention maps (beyond the paper)",
         choices=("off", "features", "attention"))
@@ -92,12 +98,19 @@ class ZeroShotConfig(Settings):
             raise ValueError(f"lambda_lower must not exceed lambda_upper={self.lambda_upper}, got {self.lambda_lower}")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs must be less than epochs={self.epochs}, got {self.warmup_epochs}")
+        if self.image_shift >= self.image_size:
+            raise ValueError(f"image_shift must be less than image_size={self.image_size}, got {self.image_shift}")
         if self.replay_steps and self.memory_size < self.batch_size:
             raise ValueError(f"replay_steps needs a memory_size of at least batch_size={self.batch_size}, got {self.memory_size}")
 
     @property
     def total_iterations(self) -> int:
         return self.epochs * self.iterations
+
+    @property
+    def augments(self) -> bool:
+        """Whether images from the memory are changed, so that the teacher must see them again."""
+        return self.image_gain > 1 or self.image_shift > 0 or self.image_flip
 
     def lr_factor(self, iteration: int) -> float:
         """What both learning rates are multiplied by in an iteration, counted from 0."""

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from granq_plugin.zero_shot import parallel
-
 __all__ = ["ImageMemory"]
 
 
@@ -46,10 +44,10 @@ class ImageMemory:
         self._images[places], self._logits[places] = images, logits
         self._next = (self._next + len(images)) % self.capacity
 
-    def draw(self, count: int, rng: torch.Generator, like: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's part of ``count`` images drawn with replacement, and their logits, in the dtype of ``like``."""
-        chosen = parallel.shard(torch.randint(len(self), (count, ), generator=rng)).to(self._images.device, non_blocking=True)
-        return self._images[chosen].to(like.dtype), self._logits[chosen]
+    def draw(self, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """``count`` images drawn with replacement, a global batch in float16, and their logits."""
+        chosen = torch.randint(len(self), (count, ), generator=rng).to(self._images.device, non_blocking=True)
+        return self._images[chosen], self._logits[chosen]
 
     def state(self) -> dict:
         return dict(images=self._images, logits=self._logits, next=self._next)

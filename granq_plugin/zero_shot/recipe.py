@@ -164,6 +164,9 @@ def _check(student: nn.Module, teacher: nn.Module, config: ZeroShotConfig, image
     own = next(student.parameters())
     if own.device != like.device:
         raise ValueError(f"student and teacher must be on one device; they are on {own.device} and {like.device}")
+    if config.augments and images is None and not config.replay_steps:
+        raise ValueError("image_gain, image_shift and image_flip change images from the memory: give images, or a memory_size and "
+                         "replay_steps")
     if config.compile == "cudagraphs":
         check_device(like.device, "teacher")
         if parallel.world_size() > 1:

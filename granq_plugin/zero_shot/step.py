@@ -7,7 +7,7 @@ teacher and student serves both losses, and each backward computes what its opti
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,17 +101,23 @@ def generator_step(
 def student_step(
         student: nn.Module,
         images: Tensor,
-        teacher_logits: Tensor,
+        teacher_logits: Tensor | None,
         student_params: Sequence[nn.Parameter],
         config: ZeroShotConfig,
         features: FeaturePairs | None = None,
-        teacher: nn.Module | None = None) -> StepResult:
-    """Gradients of the student's loss on images whose teacher logits are known; ``features`` need the teacher to run again."""
+        teacher: Callable[[Tensor], Tensor] | None = None) -> StepResult:
+    """Gradients of the student's loss on given images.
+
+    Args:
+        teacher_logits: of these images, if they are known. teacher: from images to logits; needed if they are not, and for
+            ``features``.
+    """
     with _autocast(images, config):
-        if features:
+        if features or teacher_logits is None:
             with torch.no_grad():
-                teacher(images)
+                t = teacher(images)
         q = _wide(student(images))
+    teacher_logits = _wide(t) if teacher_logits is None else teacher_logits
     distillation = losses.student_loss(teacher_logits, q, config.temperature)
     log = _student_log(distillation, teacher_logits, q, config)
     return StepResult(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from granq_plugin.core.static import StaticGranQ
 from granq_plugin.zero_shot import parallel
+from granq_plugin.zero_shot.augmentation import random_crop_flip, random_gain
 from granq_plugin.zero_shot.config import ZeroShotConfig
 from granq_plugin.zero_shot.features import FeaturePairs
 from granq_plugin.zero_shot.generator import Generator
@@ -40,7 +41,7 @@ class Training:
         self.features = None if config.feature_loss == "off" else FeaturePairs(teacher, student, config.feature_loss)
         self.observed = ObservedTeacher(teacher) if images is None else None
         # an observed teacher takes the statistics of each of its passes: none is left for the next one
-        self.teacher = teacher if self.observed is None else self.observed
+        self.teacher = teacher if self.observed is None else lambda x: self.observed(x)[0]
         self.like = next(student.parameters()).detach()
         self.rng = torch.Generator().manual_seed(config.seed)
         self.generator = _new_generator(config).to(self.like) if images is None else None
@@ -119,17 +120,30 @@ class Training:
     def _memory_iteration(self) -> dict[str, Tensor]:
         config, params, results = self.config, self._student_params(), []
         for _ in range(config.accumulation_steps):
-            x, t = self.memory.draw(config.batch_size // config.accumulation_steps, self.rng, self.like)
+            x, t = self.memory.draw(config.batch_size // config.accumulation_steps, self.rng)
+            x = x.to(self.like.dtype)
+            if config.augments:  # the global batch, so that it does not depend on the number of ranks
+                x, t = self._augmented(x), None
+            x, t = parallel.shard(x), None if t is None else parallel.shard(t)
             if config.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
             results.append(self._student_step(x, t, params))
         self._update_student(params, results)
         return _mean_log(results)
 
-    def _student_step(self, images: Tensor, teacher_logits: Tensor, params: list[nn.Parameter]) -> StepResult:
-        def step(x: Tensor, t: Tensor) -> StepResult:
+    def _augmented(self, images: Tensor) -> Tensor:
+        config = self.config
+        if config.image_shift or config.image_flip:
+            images = random_crop_flip(images, config.image_shift, config.image_flip, self.rng)
+        return random_gain(images, config.image_gain, self.rng) if config.image_gain > 1 else images
+
+    def _student_step(self, images: Tensor, teacher_logits: Tensor | None, params: list[nn.Parameter]) -> StepResult:
+        """Without their logits, the teacher answers to the images first."""
+        def step(x: Tensor, t: Tensor | None = None) -> StepResult:
             return student_step(self._compiled[1], x, t, params, self.config, self.features, self.teacher)
 
+        if teacher_logits is None:
+            return self._run("teacher and student", step, images)
         return self._run("student", step, images, teacher_logits)
 
     def _run(self, name: str, step: Callable[..., StepResult], *inputs: Tensor) -> StepResult:

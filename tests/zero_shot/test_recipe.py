@@ -83,9 +83,10 @@ def test_the_student_s_learning_rate_rises_over_its_first_iterations():
 
 BEYOND = dict(memory_size=20, replay_steps=1, student_optimizer="adam", feature_loss="features", ema_decay=0.9, sam_rho=0.1,
               low_pass=3.0)
+AUGMENTED = dict(memory_size=30, replay_steps=1, image_gain=1.5, image_shift=1, image_flip=True)
 
 
-@pytest.mark.parametrize("options", [{}, dict(memory_size=20, replay_steps=2), dict(accumulation_steps=2), BEYOND])
+@pytest.mark.parametrize("options", [{}, dict(memory_size=20, replay_steps=2), dict(accumulation_steps=2), BEYOND, AUGMENTED])
 @pytest.mark.parametrize("act_quant", [gq.GranQActPerChannel, gq.GranQActPerChannelStatic.let(learned_scale=True)])
 def test_same_seed_same_result(act_quant, options):
     config = changed(**options)
@@ -158,7 +159,7 @@ def test_memory_keeps_the_latest_images():
         values = torch.arange(start, start + 3, dtype=torch.float32)
         memory.add(values.view(3, 1, 1, 1), values.view(3, 1))
     assert sorted(memory.images().flatten().tolist()) == [7, 8, 9, 10, 11]
-    images, logits = memory.draw(50, torch.Generator().manual_seed(0), torch.empty(0))
+    images, logits = memory.draw(50, torch.Generator().manual_seed(0))
     assert torch.equal(images.flatten(), logits.flatten()) and len(images.unique()) == 5
 
 
@@ -306,7 +307,7 @@ def test_a_stopped_run_resumes_bit_identically(tmp_path, act_quant, stop_at):
     def stop(done, log):
         if done == stop_at:
             raise Stop
-    config = changed(checkpoint_every=2, range_epochs=1, memory_size=30, replay_steps=1)
+    config = changed(checkpoint_every=2, range_epochs=1, **AUGMENTED)
     student, teacher = pair(act_quant)
     expected = zero_shot_qat(student, teacher, config)
     with pytest.raises(Stop):

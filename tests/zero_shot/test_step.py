@@ -90,6 +90,9 @@ def test_student_step_on_known_images_is_the_second_half_of_a_step():
         ObservedTeacher(teacher), student, generator, *inputs(), list(generator.parameters()), params, CONFIG)
     half = student_step(student, whole.images, whole.teacher_logits, params, CONFIG)
     torch.testing.assert_close(half.student_grads, whole.student_grads, rtol=0, atol=0)
+    asked = student_step(student, whole.images, None, params, CONFIG, teacher=teacher)
+    torch.testing.assert_close(asked.student_grads, half.student_grads, rtol=0, atol=0)
+    assert torch.equal(asked.teacher_logits, whole.teacher_logits)
     assert half.log["loss_student"] == whole.log["loss_student"] >= 0
     assert half.log["agreement"] == whole.log["agreement"]
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from zoo.card import Preprocessing
 from zoo.data import ImageSet
-from zoo.train import TrainConfig, random_crop_flip, train_preset, train_teacher
+from zoo.train import TrainConfig, train_preset, train_teacher
 
 PREPROCESSING = Preprocessing(8, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 CONFIG = TrainConfig(epochs=4, batch_size=16, start_size=4, bf16=False)
@@ -28,23 +28,6 @@ def network():
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         nn.Linear(8, 2))
-
-
-@given(st.integers(1, 5), st.integers(1, 7), st.integers(1, 7), st.integers(0, 3), st.booleans(), st.integers(0, 99))
-def test_crops_and_mirrors_as_a_loop_does(count, height, width, padding, flip, seed):
-    """Every image is one of its crops, mirrored or not, all channels alike; the decisions are those of the generator."""
-    x = torch.arange(count * 2 * height * width).view(count, 2, height, width)
-    y = random_crop_flip(x, padding, flip, torch.Generator().manual_seed(seed)).numpy()
-    padded = np.pad(x.numpy(), ((0, 0), (0, 0), (padding, padding), (padding, padding)))
-    for image, whole in zip(y, padded):
-        crops = [whole[:, r:r + height, c:c + width] for r in range(2 * padding + 1) for c in range(2 * padding + 1)]
-        assert any(np.array_equal(image, crop) or (flip and np.array_equal(image, crop[:, :, ::-1])) for crop in crops)
-
-
-def test_every_crop_and_both_orientations_come_up():
-    x = torch.arange(2).expand(400, 1, 1, 2)
-    seen = {tuple(row.flatten().tolist()) for row in random_crop_flip(x, 1, True, torch.Generator().manual_seed(0))}
-    assert seen == {(0, 1), (1, 0), (0, 0)}  # (1, 0): mirrored, or moved left; (0, 0): moved up or down out of sight
 
 
 def test_learning_rate_rises_and_falls_without_a_step():
