@@ -1,5 +1,6 @@
 """Brevitas proxies that return a :class:`~granq_plugin.core.quant_tensor.PerChannelQuantTensor`."""
 
+from brevitas.nn.mixin.parameter import QuantWeightMixin
 from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
 from brevitas.proxy.runtime_quant import DynamicActQuantProxyFromInjector
 from brevitas.quant_tensor import QuantTensor
@@ -70,11 +71,21 @@ class GranQStaticActProxy(GranQActProxy):
         return super().retrieve_attribute(attribute, force_eval)
 
 
-class GranQWeightProxy(WeightQuantProxyFromInjector):
+class _WeightProxy(WeightQuantProxyFromInjector):
+    """Brevitas's, which fails without a word about the reason where a layer has no weights."""
+
+    def __init__(self, quant_layer: nn.Module, quant_injector) -> None:
+        if not isinstance(quant_layer, QuantWeightMixin):
+            raise TypeError(f"{type(quant_layer).__name__} takes an activation quantizer, such as GranQActPerChannel; got one of "
+                            "weights")
+        super().__init__(quant_layer, quant_injector)
+
+
+class GranQWeightProxy(_WeightProxy):
     """Proxy of :class:`~granq_plugin.core.weight.MinMaxWeightQuant`; a type of its own, because handlers go by type."""
 
 
-class GranQPerKernelWeightProxy(WeightQuantProxyFromInjector):
+class GranQPerKernelWeightProxy(_WeightProxy):
     """Proxy of :class:`~granq_plugin.core.weight.PerKernelGranQ`."""
 
     def create_quant_tensor(self, qt_args) -> PerChannelQuantTensor:

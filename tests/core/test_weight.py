@@ -189,3 +189,9 @@ def test_per_channel_with_a_stock_per_tensor_input_quantizer(symmetric):
     expected = F.conv2d(conv.input_quant(x).value, conv.quant_weight().value, conv.bias)
     oracles.assert_equal(y.value if symmetric else y, expected)
     assert not symmetric or y.scale.shape == (1, 5, 1, 1)
+
+
+@pytest.mark.parametrize("quant", [GranQWeightPerChannel, GranQWeightPerChannelSymmetric, GranQWeightPerKernel])
+def test_a_layer_without_weights_says_what_it_takes(quant):
+    with pytest.raises(TypeError, match="QuantReLU takes an activation quantizer, such as GranQActPerChannel; got one of weights"):
+        qnn.QuantReLU(act_quant=quant, bit_width=4)
