@@ -38,7 +38,8 @@ def fold(model: nn.Module, example_input, *, trainable: bool = False, inplace: b
         example_input: a tensor, or a tuple of them, that the model can be called on.
         trainable: keep training the unfolded weights: the scales are multiplied in at every forward
             (``torch.nn.utils.parametrize``), so that learning rates need not be found again, and what is trained is what
-            :func:`bake` makes permanent. The weights must be float or have quantizers that look at the weight that they are given
+            :func:`bake` makes permanent. A batch normalization whose output is in units of a scale has that scale, ``[C]``, as
+            its buffer ``output_scale``. The weights must be float or have quantizers that look at the weight that they are given
             (all of GranQ's).
         inplace: change the modules of ``model`` itself; otherwise a deep copy's. A failing call changes nothing in both cases.
 
@@ -148,6 +149,8 @@ class _LayerChange(NamedTuple):
                 parametrize.register_parametrization(self.layer, name, _Scaled(factors))
             else:
                 tensor.data.mul_(factors)
+        if trainable and isinstance(self.layer, _BatchNorm):  # training may compare it with the float network's
+            self.layer.register_buffer("output_scale", (1 / self.factors["bias"]).to(self.layer.running_mean), persistent=False)
 
 
 # --- what the quantizers are

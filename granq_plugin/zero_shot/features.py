@@ -27,8 +27,11 @@ FEATURE_LOSSES = {"features": feature_loss, "attention": attention_loss}
 class FeaturePairs:
     """Hooks on every BatchNorm layer of the teacher and the student's layer of the same name.
 
+    A layer of the student may have a buffer ``output_scale``, ``[C]``, the real value of its output's unit, as folding leaves it
+    (:func:`granq_plugin.deploy.fold`): features are compared in real values.
+
     Raises:
-        ValueError: if the student lacks one of them (a folded one does).
+        ValueError: if the student lacks one of them.
     """
 
     def __init__(self, teacher: nn.Module, student: nn.Module, kind: str) -> None:
@@ -46,7 +49,8 @@ class FeaturePairs:
 
     def _recorder(self, who: str, name: str):
         def record(layer, inputs, output) -> None:
-            self._seen[who][name] = output
+            scale = getattr(layer, "output_scale", None)
+            self._seen[who][name] = output if scale is None else output * scale.view(-1, *[1] * (output.dim() - 2))
         return record
 
     def take(self) -> Tensor:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import granq_plugin as gq
+from granq_plugin.deploy import fold, prepare
 from granq_plugin.zero_shot import preset
 from granq_plugin.zero_shot.features import FEATURE_LOSSES, FeaturePairs, attention_loss, feature_loss
 from granq_plugin.zero_shot.statistics import batch_norm_layers
@@ -49,6 +50,24 @@ def test_pairs_are_the_layers_of_one_name(kind):
     teacher(x), student(x)
     with pytest.raises(StopIteration):
         pairs.take()
+
+
+def test_features_of_a_folded_student_are_compared_in_real_values():
+    teacher, images = teacher_network().eval(), torch.randn(64, 3, 8, 8)
+    fine = dict(residual_bit_width=16, pool_bit_width=16, input_bit_width=16)
+    static = gq.to_static(prepare(teacher, images[:1], 16, 16, **fine), [images])
+    student = fold(static, images[:1], trainable=True)
+    scaled = [m for m in batch_norm_layers(student) if hasattr(m, "output_scale")]
+    assert scaled and max(float(m.output_scale.max() / m.output_scale.min()) for m in scaled) > 1.1
+    assert not any("output_scale" in name for name in student.state_dict())
+    pairs = FeaturePairs(teacher, student, "features")
+    with torch.no_grad():
+        teacher(images), student(images)
+        assert float(pairs.take()) < 1e-4
+        for m in scaled:
+            del m.output_scale
+        teacher(images), student(images)
+        assert float(pairs.take()) > 1
 
 
 def test_a_student_without_the_teachers_layers_is_refused():
