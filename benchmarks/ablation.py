@@ -18,6 +18,7 @@ from benchmarks.rows import read, write
 
 RESULTS = Path(__file__).parent / "results"
 MARKER = "ablation: written by python -m benchmarks.ablation"
+_CHANGED = dict(image_shift=4, image_flip=True, image_gain=2.0)
 SWITCHES = {
     "as published: SGD, here 5e-4": {},
     "SGD, 2e-4": dict(student_lr=2e-4),
@@ -30,6 +31,8 @@ SWITCHES = {
     "attention maps x 10": dict(feature_loss="attention", feature_weight=10.0),
     "sharpness-aware (twice the work)": dict(sam_rho=0.02),
     "low-pass filtered images": dict(low_pass=10.0),
+    "images moved, mirrored, times 1/2 to 2": _CHANGED,
+    "the same, and BatchNorm outputs x 10": dict(feature_loss="features", feature_weight=10.0, **_CHANGED),
     "weight ranges of least squared error": dict(weight_range_mode="mse"),
 }
 """What each run changes of the first: settings of ``ZeroShotConfig`` or of ``Quantization``."""

@@ -25,6 +25,7 @@ UNTRAINED = {
 }
 TRAINED = {
     "GranQ, dynamic ranges; zero-shot QAT": "",
+    "GranQ, static ranges with learned scales; zero-shot QAT": "_symmetric_static_learned",
     "GranQ, static ranges folded away for FPGAs; zero-shot QAT": "_folded",
 }
 RUNGS = {"dynamic": "dynamic ranges", "static": "static ranges", "folded": "folded for FPGAs", "exported file": "its ONNX file"}

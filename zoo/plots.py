@@ -9,10 +9,10 @@ from zoo.tables import REGIMES, network_of, published, regime_of
 
 __all__ = ["plot"]
 
-# Okabe and Ito's colours, which all kinds of colour vision tell apart; and a marker and a line of its own for each
+# Okabe and Ito's colours, which all kinds of colour vision tell apart, and one more; a marker and a line of its own for each
 _STYLES = dict(zip(REGIMES, (
-    ("#0072B2", "o", "-"), ("#56B4E9", "^", "--"), ("#009E73", "s", "-."), ("#E69F00", "D", ":"), ("#D55E00", "P", "-"),
-    ("#CC79A7", "v", "--"), ("#000000", "<", ":"))))
+    ("#0072B2", "o", "-"), ("#56B4E9", "^", "--"), ("#009E73", "s", "-."), ("#E69F00", "D", ":"), ("#F0E442", "h", "-"),
+    ("#882255", "*", "--"), ("#D55E00", "P", "-"), ("#CC79A7", "v", "--"), ("#000000", "<", ":"))))
 _PEER = dict(color="#777777", marker="x", linestyle="none", markersize=5)
 
 

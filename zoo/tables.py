@@ -12,7 +12,8 @@ __all__ = ["MARKER", "REGIMES", "network_of", "published", "regime_of", "table"]
 
 MARKER = "zoo: written by granq zoo table"
 REGIMES = (
-    "dynamic", "dynamic, symmetric weights", "static", "static, symmetric weights", "folded (FINN)",
+    "dynamic", "dynamic, symmetric weights", "static", "static, symmetric weights", "static, learned scales",
+    "static, learned scales, symmetric weights", "folded (FINN)",
     "per-kernel, dynamic (paper comparison only)", "per-kernel, static (paper comparison only)")
 """One column each. Weights are per output channel unless it says otherwise."""
 
@@ -24,7 +25,8 @@ def regime_of(quantization: Quantization) -> str:
     if quantization.weight_regime == "per-kernel":
         return f"per-kernel, {quantization.activations} (paper comparison only)"
     symmetric = ", symmetric weights" if quantization.weight_regime.endswith("symmetric") else ""
-    return quantization.activations + symmetric
+    learned = ", learned scales" if quantization.learned_scale else ""
+    return quantization.activations + learned + symmetric
 
 
 def network_of(card: Card) -> str:

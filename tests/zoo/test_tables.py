@@ -36,6 +36,8 @@ CARDS = [
 def test_regimes_never_share_a_column():
     regimes = [Quantization(4, 4, w, a) for w in ("per-output-channel", "per-output-channel-symmetric", "per-kernel")
                for a in ("dynamic", "static")] + [Quantization(4, 4, "per-output-channel-symmetric", "folded")]
+    regimes += [Quantization(4, 4, w, "static", learned_scale=True)
+                for w in ("per-output-channel", "per-output-channel-symmetric")]
     assert sorted(map(regime_of, regimes)) == sorted(REGIMES)
 
 
