@@ -39,6 +39,13 @@ def compiler():
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def exact_compiler(compiler):
+    """As ``compiler``, for tests of equal bits."""
+    if torch.__version__ < (2, 9):
+        pytest.skip("the compiler of torch 2.8 fuses multiplications with additions: its results are not the same bits")
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Folder of real data (cifar10/test.npz, weights/...); tests that need it skip where GRANQ_DATA is not set."""

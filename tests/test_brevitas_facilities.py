@@ -274,7 +274,7 @@ class TestCompile:
 
     @pytest.mark.parametrize("act, weight", [
         ("dynamic", "per_channel"), ("static", "symmetric"), ("dynamic", "per_kernel")])
-    def test_compile_quant(self, compiler, act, weight):
+    def test_compile_quant(self, exact_compiler, act, weight):
         net, x = net_of(act, weight)
         with torch.no_grad():
             expected = net(x)

@@ -172,7 +172,7 @@ def test_a_failing_conversion_in_place_changes_nothing():
     assert not has_quantizer(model) and type(model[0]) is nn.Linear
 
 
-def test_a_quantized_network_compiles_bit_exactly(compiler):
+def test_a_quantized_network_compiles_bit_exactly(exact_compiler):
     model = quantize(sequential().eval())
     with torch.no_grad():
         assert torch.equal(torch.compile(model, fullgraph=True)(image()), model(image()))

@@ -3,7 +3,7 @@
 On CPU a small C++ kernel that the system's compiler builds on first use (:mod:`~granq_plugin.kernels.native`), on GPU Triton
 kernels (:mod:`~granq_plugin.kernels.triton_kernel`, :mod:`~granq_plugin.kernels.triton_frozen`). Everything else (layouts they do
 not know, tracing, export, vmap, ``torch.compile``, no compiler) runs the operations of ``functional``. The environment variable
-``GRANQ_KERNEL`` forces one: "eager", "compiled" or "triton".
+``GRANQ_KERNEL`` forces one: "eager", "compiled" or "triton". Triton before 3.6 flushes quotients below the normal numbers to 0.
 """
 
 import os

@@ -114,7 +114,7 @@ class TestCollecting:
             expected = of_batches[0].astype(np.float64)
             for end in of_batches[1:]:
                 expected = 0.9 * expected + 0.1 * end
-            assert (np.abs(running.numpy() - expected) <= 1e-6 * np.abs(of_batches).max(0)).all()
+            assert (np.abs(running.numpy() - expected) <= 1e-6 * np.abs(of_batches).max(0) + 3e-45).all()  # two least numbers
 
     @given(batches(), st.sampled_from(["ema", "minmax"]))
     def test_calibration_mode_averages_or_unites(self, drawn, range_mode):
@@ -393,7 +393,7 @@ class TestState:
         collector(twin).running_max.mul_(2)
         assert not torch.equal(collector(twin).running_max, collector(act).running_max)
 
-    def test_torch_compile_of_a_frozen_one_is_bit_exact(self, compiler):
+    def test_torch_compile_of_a_frozen_one_is_bit_exact(self, exact_compiler):
         act, x = relu(bit_width=4, max_val=6.0), 4 * torch.randn(2, 3, 9, 7)
         frozen(act, x)
         oracles.assert_equal(torch.compile(act, fullgraph=True)(x), act(x))

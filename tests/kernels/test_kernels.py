@@ -14,6 +14,7 @@ from brevitas.core.function_wrapper import Identity
 from brevitas.core.quant import IntQuant
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -314,9 +315,13 @@ print(len(cases))
 """
 
 
-def test_triton_in_its_interpreter():
+@pytest.fixture
+def interpreter():
+    pytest.importorskip("triton", "3.5", reason="Triton 3.5 is not installed (older interpreters fail on numpy 2.4)")
+
+
+def test_triton_in_its_interpreter(interpreter):
     """Rows on chip and in two passes, channels_last, rows of a matrix, all dtypes, NaN and Inf: equal to torch's operations."""
-    pytest.importorskip("triton", reason="triton is not installed")
     assert run_python(_TRITON, TRITON_INTERPRET="1", GRANQ_KERNEL="triton").split()[-1] == "27"
 
 
@@ -355,9 +360,8 @@ print(len(cases))
 """
 
 
-def test_triton_of_frozen_ranges_in_its_interpreter():
+def test_triton_of_frozen_ranges_in_its_interpreter(interpreter):
     """Activations and weights, one range for each channel or for all, in rows and columns, clipped values and their gradients."""
-    pytest.importorskip("triton", reason="triton is not installed")
     assert run_python(_TRITON_FROZEN, TRITON_INTERPRET="1", GRANQ_KERNEL="triton").split()[-1] == "54"
 
 
@@ -379,7 +383,8 @@ def test_triton_compiles_for_a_gpu_without_fused_operations(which, option):
     ptx = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 80, 32),
                          options=dict(enable_fp_fusion=False)).asm["ptx"]
     corrections = 4 * 4 * 1024 // 128 if which == "dynamic" else 0  # of quotients; a program has 128 threads
-    assert "div.rn.f32" in ptx and "div.full" not in ptx
+    flushes = "" if Version(triton.__version__) >= Version("3.6") else ".ftz"  # to 0, what lies below the normal numbers
+    assert f"div.rn{flushes}.f32" in ptx and "div.full" not in ptx
     assert ptx.count("fma.rn.f32") == ptx.count("fma") == corrections
 
 
