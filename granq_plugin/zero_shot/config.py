@@ -39,6 +39,8 @@ class ZeroShotConfig(Settings):
     student_lr: float = setting(1e-4, "learning rate of the student", above=0)
     student_lr_warmup: int = setting(0, "the student's first iterations, over which its learning rate rises linearly", least=0)
     scale_lr_factor: float = setting(1.0, "learned scales of static activations learn at student_lr times this", above=0)
+    scale_headroom: float = setting(
+        1.0, "what learned scales are multiplied by at the end: natural images reach further than synthetic ones", above=0, most=10)
     momentum: float = setting(0.9, "of the student's SGD", least=0, most=0.999)
     weight_decay: float = setting(1e-4, "of the student", least=0)
     generator_lr: float = setting(1e-3, "learning rate of the generator (Adam)", above=0)

@@ -15,7 +15,7 @@ from granq_plugin.zero_shot.generator import Generator
 from granq_plugin.zero_shot.graphs import check_device
 from granq_plugin.zero_shot.run_directory import RunDirectory
 from granq_plugin.zero_shot.statistics import batch_norm_layers
-from granq_plugin.zero_shot.training import Training
+from granq_plugin.zero_shot.training import Training, learned_scales
 
 __all__ = ["ZeroShotResult", "zero_shot_qat"]
 
@@ -167,6 +167,9 @@ def _check(student: nn.Module, teacher: nn.Module, config: ZeroShotConfig, image
     if config.augments and images is None and not config.replay_steps:
         raise ValueError("image_gain, image_shift and image_flip change images from the memory: give images, or a memory_size and "
                          "replay_steps")
+    if config.scale_headroom != 1 and not learned_scales(student):
+        raise ValueError(f"scale_headroom={config.scale_headroom:g} is for learned scales, and the student has none: "
+                         "GranQActPerChannelStatic.let(learned_scale=True)")
     if config.compile == "cudagraphs":
         check_device(like.device, "teacher")
         if parallel.world_size() > 1:

@@ -19,7 +19,7 @@ from granq_plugin.zero_shot.memory import ImageMemory
 from granq_plugin.zero_shot.step import ObservedTeacher, StepResult, generator_step, student_step
 from granq_plugin.zero_shot.weights import WeightAverage, at_sharpest_neighbour, load_optimizer
 
-__all__ = ["Training"]
+__all__ = ["Training", "learned_scales"]
 
 
 class Training:
@@ -234,21 +234,29 @@ class Training:
 
     def evaluate(self, function: Callable[[nn.Module], float]) -> float:
         """``function`` of the student as it would be deployed now; on one rank, the others get its number."""
-        self.student.eval()
-        self._swap_average()
+        before = self._deploy()
         try:
             return parallel.from_first_rank(lambda: float(function(self.student)))
         finally:
-            self._swap_average()
+            for scale, value in before:
+                scale.data.copy_(value)
+            if self.average:
+                self.average.swap()
 
-    def _swap_average(self) -> None:
+    def _deploy(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Make the student what is deployed; returns learned scales and what they were. The average has changed places."""
+        self.student.eval()
         if self.average:
             self.average.swap()
+        scales = learned_scales(self.student)
+        before = [(scale, scale.detach().clone()) for scale in scales]
+        for scale in scales:
+            scale.data.mul_(self.config.scale_headroom)
+        return before
 
     def close(self) -> None:
         """Leave the student as it is deployed, in evaluation mode, and both networks without hooks."""
-        self.student.eval()
-        self._swap_average()
+        self._deploy()
         if self.features:
             self.features.remove()
         if self.observed:
@@ -271,6 +279,11 @@ def _new_generator(config: ZeroShotConfig) -> Generator:
 
 def _params(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def learned_scales(student: nn.Module) -> list[nn.Parameter]:
+    """Of static activations; without elements until they start to learn."""
+    return [m.learned_scale for m in student.modules() if isinstance(m, StaticGranQ) and m.learned_scale is not None]
 
 
 def _student_optimizer(student: nn.Module, config: ZeroShotConfig) -> torch.optim.Optimizer:

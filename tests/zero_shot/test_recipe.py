@@ -17,7 +17,7 @@ from torch import nn
 import granq_plugin as gq
 from granq_plugin.core.ranges import CollectedRange
 from granq_plugin.zero_shot import preset, zero_shot_qat
-from granq_plugin.zero_shot.training import Training
+from granq_plugin.zero_shot.training import Training, learned_scales
 from networks import teacher_network
 
 CONFIG = preset("cifar10", image_size=8, batch_size=8, epochs=3, iterations=4, warmup_epochs=1, student_lr=1e-2)
@@ -150,6 +150,38 @@ def test_images_of_another_run_instead_of_a_generator():
     for r, words in ((first, "ZeroShotResult of 12 iterations, with a generator"), (result, "80 iterations, without a generator")):
         lines = repr(r).splitlines()
         assert len(lines) == 3 and lines[0].endswith(words) and "agreement 0." in lines[1] and lines[2] == "  images: 40"
+
+
+@pytest.mark.parametrize("options", [{}, dict(ema_decay=0.9)])
+def test_learned_scales_get_headroom_at_the_end_alone(tmp_path, options):
+    """Evaluations see it, training does not; a run that is resumed after its end has it once."""
+    act = gq.GranQActPerChannelStatic.let(learned_scale=True)
+    config, seen = changed(range_epochs=1, **options), []
+
+    def evaluate(network) -> float:
+        seen.append(torch.cat([s.detach().flatten().clone() for s in learned_scales(network)]))
+        return 0.0
+    states = []
+    for headroom in (1.0, 1.5):
+        student, teacher = pair(act)
+        zero_shot_qat(
+            student, teacher, config.replace(scale_headroom=headroom), evaluate=evaluate, run_dir=tmp_path / f"{headroom}")
+        states.append(student.state_dict())
+    scales = [name for name in states[0] if name.endswith("learned_scale")]
+    assert len(scales) == len(learned_scales(student)) > 0 and len(seen) == 6
+    for name, value in states[0].items():
+        if value is not None:
+            torch.testing.assert_close(states[1][name], value * 1.5 if name in scales else value, rtol=0, atol=0, msg=name)
+    assert all(torch.equal(b, 1.5 * a) for a, b in zip(seen[:3], seen[3:]))
+    student, teacher = pair(act)
+    zero_shot_qat(student, teacher, config.replace(scale_headroom=1.5), run_dir=tmp_path / "1.5", resume=True)
+    assert_same_state(states[1], student.state_dict())
+
+
+def test_headroom_needs_learned_scales():
+    student, teacher = pair(gq.GranQActPerChannelStatic)
+    with pytest.raises(ValueError, match="scale_headroom=1.2 is for learned scales, and the student has none"):
+        zero_shot_qat(student, teacher, changed(scale_headroom=1.2))
 
 
 def test_memory_keeps_the_latest_images():
