@@ -75,13 +75,13 @@ class Quantization:
         """What stands behind the dot of an entry's name: ``granq_w4a4``, ``granq_w4a4_static``, ``granq_w3a3_per_kernel``...
 
         Weights are per output channel and asymmetric, activations dynamic, unless the suffix says otherwise; folded networks are
-        always symmetric.
+        always symmetric, and how their ranges were collected, from which training went on, is told by the card alone.
         """
         regime = "" if self.activations == "folded" else _SUFFIXES[self.weight_regime]
         weights = "" if self.weight_range_mode == "minmax" else f"_weight_{self.weight_range_mode}"
         activations = "" if self.activations == "dynamic" else f"_{self.activations}"
         learned = "_learned" if self.learned_scale else ""
-        ranges = "" if self.act_range_mode == "ema" else f"_{self.act_range_mode}"
+        ranges = "" if self.act_range_mode == "ema" or self.activations == "folded" else f"_{self.act_range_mode}"
         return f"granq_{self.bits.lower()}{regime}{weights}{activations}{learned}{ranges}"
 
     @property
