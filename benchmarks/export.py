@@ -229,8 +229,11 @@ def main(data, weights, calibration_data, count, batch_size, networks, kinds, la
     if untrained_ladder:
         new = untrained_rungs(resnet20, calibration, test_set, card.preprocessing)
         write(RESULTS / "export_ladder.csv", LADDER_FIELDS, new + read_rows(RESULTS / "export_ladder.csv", training=["none"]))
-    for run_dir in ladder_runs:
-        new, known = rungs_of_run(run_dir, test_set, weights), read_rows(RESULTS / "export_ladder.csv", run=[run_dir.name])
+    for run_dir in ladder_runs:  # a rung has one trained network
+        new = rungs_of_run(run_dir, test_set, weights)
+        places = {(r["network"], str(r["bits"]), r["rung"]) for r in new}
+        known = [r for r in read_rows(RESULTS / "export_ladder.csv")
+                 if r["training"] == "none" or (r["network"], r["bits"], r["rung"]) not in places]
         write(RESULTS / "export_ladder.csv", LADDER_FIELDS, known + new)
     for run_dir in hls4ml_runs:
         known = read_rows(RESULTS / "hls4ml.csv", run=[run_dir.name])
