@@ -128,16 +128,18 @@ _FAST = dict(batch_size=32, epochs=24, iterations=50, warmup_epochs=2, student_l
 
 # learned static scales, from another run's images
 _STATIC = dict(batch_size=32, iterations=50, warmup_epochs=0, range_epochs=4, student_lr=5e-4, scale_lr_factor=10.0,
-               lr_schedule="cosine", feature_loss="features", feature_weight=10.0, image_shift=4, image_flip=True)
+               lr_schedule="cosine", image_flip=True)
 
 PRESETS: dict[str, ZeroShotConfig] = {
     "cifar10": ZeroShotConfig(),
     "cifar100": ZeroShotConfig(num_classes=100, batch_size=200),
     "cifar10_fast": ZeroShotConfig(**_FAST),
     "cifar10_long": ZeroShotConfig(epochs=60, lr_schedule="cosine", feature_loss="features", feature_weight=10.0),
-    "cifar10_static": ZeroShotConfig(**_STATIC, epochs=128, image_gain=2.0),
+    "cifar10_static": ZeroShotConfig(
+        **_STATIC, epochs=128, image_gain=2.0, image_shift=4, feature_loss="features", feature_weight=10.0),
     "cifar100_fast": ZeroShotConfig(**_FAST, num_classes=100),
-    "cifar100_static": ZeroShotConfig(**_STATIC, epochs=80, image_gain=1.6, num_classes=100),
+    "cifar100_static": ZeroShotConfig(
+        **_STATIC, epochs=100, image_gain=1.25, image_shift=2, scale_headroom=1.1, num_classes=100),
     "digits_fast": ZeroShotConfig(**_FAST | dict(image_size=8, image_channels=1, epochs=12, checkpoint_every=100)),
     "imagenet_resnet18": ZeroShotConfig(**_IMAGENET, student_lr=1e-5, warmup_epochs=50),
     "imagenet_mobilenet_v2": ZeroShotConfig(**_IMAGENET, student_lr=1e-5, warmup_epochs=4),
