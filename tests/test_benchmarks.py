@@ -12,6 +12,7 @@ import zoo
 from benchmarks import (
     ablation,
     accuracy,
+    agreement,
     evaluate,
     export,
     finn_plus,
@@ -23,6 +24,7 @@ from benchmarks import (
     recipe_profile,
     zero_shot,
 )
+from benchmarks.rows import read as rows_of_file
 from granq_plugin.core.proxy import GranQDynamicActProxy, GranQStaticActProxy
 from granq_plugin.zero_shot import preset
 from granq_plugin.zero_shot.step import generator_step
@@ -258,6 +260,12 @@ def test_the_ablation_table_is_the_committed_csv_s():
     caption, _ = readme.current_table(ablation.MARKER).split("\n\n")
     assert readme.current_table(ablation.MARKER) == ablation.table(rows, caption)
     assert {r["switch"] for r in rows} == set(ablation.SWITCHES)
+
+
+def test_the_agreement_table_is_the_committed_csv_s():
+    rows = rows_of_file(agreement.RESULTS / "agreement.csv")
+    assert readme.current_table(agreement.MARKER) == agreement.table(rows)
+    assert rows and all(set(r) == set(agreement.FIELDS) and 0 < float(r["agreement"]) <= 100 for r in rows)
 
 
 def test_the_first_table_of_the_readme_is_that_of_the_results():
