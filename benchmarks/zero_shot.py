@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 LOGS = RESULTS / "zero_shot"
 MARKER = "zero_shot: written by python -m benchmarks.zero_shot"
 STOPPED = "_stopped.csv"
-FIELDS = ("network", "weights", "activations", "bits", "float_top1", "top1", "retention", "test_images", "iterations", "batch_size",
+FIELDS = ("network", "weights", "activations", "bits", "float_top1", "top1", "test_images", "iterations", "batch_size",
           "images", "teacher_weights_sha256", "log")
 
 
@@ -41,7 +41,7 @@ def row_of(run_dir: Path) -> dict:
         network=run["network"], weights=run["weight_regime"] + (", mse ranges" if run["weight_range_mode"] == "mse" else ""),
         activations=run["activations"] + (", learned scales" if run["learned_scale"] else "") + (
             ", mse ranges" if run.get("act_range_mode") == "mse" else ""), bits=f"W{weights}A{acts}",
-        float_top1=f"{run['float_top1']:.2f}", top1=f"{run['top1']:.2f}", retention=f"{run['top1'] / run['float_top1']:.4f}",
+        float_top1=f"{run['float_top1']:.2f}", top1=f"{run['top1']:.2f}",
         test_images=run["test_images"], iterations=config.total_iterations, batch_size=config.batch_size,
         images="another run's" if run["images_sha256"] else "its generator's",
         teacher_weights_sha256=run["teacher_weights_sha256"], log=f"{run_dir.name}.csv")
@@ -84,7 +84,8 @@ def table(rows: list[dict]) -> str:
             f"{network}, {first['test_images']} test images. Full precision: {first['float_top1']} % (weights SHA-256 "
             f"`{first['teacher_weights_sha256'][:12]}`…).", "",
             "| weights | activations | bits | top-1 % | retention | iterations x batch | images |", "|---|---|---|---|---|---|---|"]
-        lines += [f"| {r['weights']} | {r['activations']} | {r['bits']} | {r['top1']} | {float(r['retention']):.3f} | "
+        lines += [f"| {r['weights']} | {r['activations']} | {r['bits']} | {r['top1']} | "
+                  f"{float(r['top1']) / float(r['float_top1']):.3f} | "
                   f"{r['iterations']} x {r['batch_size']} | [{r['images']}](../benchmarks/results/zero_shot/{r['log']}) |"
                   for r in of_network]
         lines.append("")
