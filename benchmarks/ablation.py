@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 
+from benchmarks.agreement import judge_batches, logits_of
 from benchmarks.readme import replace_table
 from benchmarks.rows import read, write
 
@@ -56,6 +57,7 @@ def main(run_dir, weights, judge, judge_images, data, iterations, only, threads)
     import zoo.evaluate
     import zoo.weights
     from granq_plugin.zero_shot import preset, zero_shot_qat
+    from granq_plugin.zero_shot.losses import teacher_agreement
     from granq_plugin.zero_shot.step import low_pass
     from zoo.quantization import Quantization
     from zoo.students import load_run
@@ -66,12 +68,10 @@ def main(run_dir, weights, judge, judge_images, data, iterations, only, threads)
     teacher = card.build()
     zoo.weights.load_weights(teacher, weights)
     images = zoo.weights.read_state_dict(run_dir / "images.safetensors")["images"].float()
-    natural = zoo.data.read_npz(judge).subset(judge_images, seed=1).images
-    batches = list(zoo.evaluate.input_batches(natural, card.preprocessing, 250))
+    batches = judge_batches(judge, judge_images, card.preprocessing)
     test_set = None if data is None else zoo.data.load_images(data, card.dataset)
     rows = []
-    with torch.no_grad():
-        expected = torch.cat([teacher(x).argmax(1) for x in batches])
+    expected = logits_of(teacher, batches)
     for name, changes in SWITCHES.items():
         if only and not any(o in name for o in only):
             continue
@@ -88,8 +88,7 @@ def main(run_dir, weights, judge, judge_images, data, iterations, only, threads)
             click.echo(f"{name}: {e}")
             continue
         seconds = time.perf_counter() - start
-        with torch.no_grad():
-            agreement = float((torch.cat([student(x).argmax(1) for x in batches]) == expected).float().mean())
+        agreement = float(teacher_agreement(expected, logits_of(student, batches)))
         row = dict(switch=name, agreement=f"{100 * agreement:.1f}", seconds=f"{seconds:.0f}")
         if test_set:
             row["top1"] = f"{zoo.evaluate.evaluate(student, test_set, card.preprocessing).top1:.2f}"
@@ -103,7 +102,7 @@ def main(run_dir, weights, judge, judge_images, data, iterations, only, threads)
     how = described.quantization
     replace_table(MARKER, table(rows, f"{described.network}, {how.bits}, "
                                 f"{how.weight_regime} weights, {how.activations} activations; {iterations} iterations "
-                                f"of 32 images; agreement on {len(natural)} images of {judge.parent.name}/{judge.name}."))
+                                f"of 32 images; agreement on {len(expected)} images of {judge.parent.name}/{judge.name}."))
 
 
 def table(rows: list[dict], caption: str) -> str:

@@ -16,7 +16,24 @@ from benchmarks.rows import read, write
 
 RESULTS = Path(__file__).parent / "results"
 MARKER = "agreement: written by python -m benchmarks.agreement"
-FIELDS = ("run", "network", "bits", "activations", "judge", "images", "widened", "agreement", "logits")
+HEADS = dict(
+    run="run", network="network", bits="bits", activations="activations", judge="judged on", images="images",
+    widened="learned scales x", agreement="agreement, %", logits="squared difference of logits")
+FIELDS = tuple(HEADS)
+
+
+def judge_batches(judge: Path, count: int, preprocessing) -> list:
+    """Normalized batches of ``count`` images of an .npz file, always the same ones."""
+    from zoo.data import read_npz
+    from zoo.evaluate import input_batches
+    return list(input_batches(read_npz(judge).subset(count, seed=1).images, preprocessing, 250))
+
+
+def logits_of(network, batches: list):
+    """``[N, classes]``, without gradient."""
+    import torch
+    with torch.no_grad():
+        return torch.cat([network(x) for x in batches])
 
 
 @click.command(help=__doc__)
@@ -29,30 +46,27 @@ FIELDS = ("run", "network", "bits", "activations", "judge", "images", "widened",
 def main(run_dirs, judge, count, weights, factors, threads) -> None:
     import torch
 
-    import zoo.data
+    from granq_plugin.zero_shot.losses import teacher_agreement
     from granq_plugin.zero_shot.training import learned_scales
-    from zoo.evaluate import input_batches
     from zoo.registry import teacher_of
     from zoo.students import load_run
     torch.set_num_threads(threads)
-    natural = zoo.data.read_npz(judge).subset(count, seed=1).images
     rows = []
     for run_dir in run_dirs:
         student, network, _ = load_run(run_dir)
         teacher = teacher_of(student.card, weights)[0].eval()
-        batches = list(input_batches(natural, student.card.preprocessing, 250))
+        batches = judge_batches(judge, count, student.card.preprocessing)
         scales = [(s, s.detach().clone()) for s in learned_scales(network)]
-        with torch.no_grad():
-            t = torch.cat([teacher(x) for x in batches])
-            for factor in (1.0, *factors) if scales else (1.0, ):
-                for scale, own in scales:
-                    scale.copy_(factor * own)
-                q = torch.cat([network(x) for x in batches])
-                rows.append(dict(zip(FIELDS, (
-                    run_dir.name, student.card.name, student.quantization.bits, student.quantization.activations,
-                    f"{judge.parent.name}/{judge.name}", str(len(natural)), f"{factor:g}",
-                    f"{100 * float((q.argmax(1) == t.argmax(1)).float().mean()):.2f}", f"{float((q - t).square().mean()):.3f}"))))
-                click.echo(rows[-1])
+        t = logits_of(teacher, batches)
+        for factor in (1.0, *factors) if scales else (1.0, ):
+            for scale, own in scales:
+                scale.data.copy_(factor * own)
+            q = logits_of(network, batches)
+            rows.append(dict(zip(FIELDS, (
+                run_dir.name, student.card.name, student.quantization.bits, student.quantization.activations,
+                f"{judge.parent.name}/{judge.name}", str(len(t)), f"{factor:g}", f"{100 * float(teacher_agreement(t, q)):.2f}",
+                f"{float((q - t).square().mean()):.3f}"))))
+            click.echo(rows[-1])
     file = RESULTS / "agreement.csv"
     new = {r["run"] for r in rows}
     rows = [r for r in read(file) if r["run"] not in new] + rows
@@ -62,9 +76,7 @@ def main(run_dirs, judge, count, weights, factors, threads) -> None:
 
 def table(rows: list[dict]) -> str:
     """Markdown, a line for each run and factor."""
-    heads = dict(run="run", network="network", bits="bits", activations="activations", judge="judged on", images="images",
-                 widened="learned scales x", agreement="agreement, %", logits="squared difference of logits")
-    lines = [list(heads.values()), ["---"] * len(heads), *([r[name] for name in heads] for r in rows)]
+    lines = [list(HEADS.values()), ["---"] * len(HEADS), *([r[name] for name in HEADS] for r in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
