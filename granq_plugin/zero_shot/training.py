@@ -267,7 +267,10 @@ class Training:
         with torch.no_grad():
             for batch in images.split(250):
                 x = batch.to(torch.float16)  # as the student will see them
-                self.memory.add(x, teacher(x.to(self.like.device, self.like.dtype)).float())
+                if self.config.augments:  # answered when they are drawn and changed
+                    self.memory.add(x, torch.empty(len(x), 0))
+                else:
+                    self.memory.add(x, teacher(x.to(self.like.device, self.like.dtype)).float())
 
 
 def _new_generator(config: ZeroShotConfig) -> Generator:
@@ -288,10 +291,9 @@ def learned_scales(student: nn.Module) -> list[nn.Parameter]:
 
 def _student_optimizer(student: nn.Module, config: ZeroShotConfig) -> torch.optim.Optimizer:
     """SGD as published, or AdamW; learned scales are not decayed."""
-    scales, others = [], []
-    for name, p in student.named_parameters():
-        if p.requires_grad:
-            (scales if name.endswith("learned_scale") else others).append(p)
+    scales = [p for p in learned_scales(student) if p.requires_grad]
+    known = set(scales)
+    others = [p for p in student.parameters() if p.requires_grad and p not in known]
     groups = [dict(params=others, weight_decay=config.weight_decay)] + (
         [dict(params=scales, weight_decay=0.0, scales=True)] if scales else [])
     if config.student_optimizer == "adam":

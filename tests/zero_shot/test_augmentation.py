@@ -76,6 +76,12 @@ def test_the_teacher_answers_to_the_images_that_the_student_sees(feature_loss):
     assert len(torch.cat(seen["student"]).flatten(1).unique(dim=0)) == 3 * 8
 
 
+def test_the_teacher_answers_to_no_image_before_it_is_changed():
+    student, teacher = pair()
+    teacher.register_forward_hook(lambda *_: pytest.fail("nobody reads this answer"))
+    Training(student, teacher.requires_grad_(False), CONFIG, torch.randn(5, 3, 8, 8)).close()
+
+
 def test_without_changes_the_teacher_need_not_see_the_images_again():
     student, teacher = pair()
     training = Training(
