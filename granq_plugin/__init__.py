@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from granq_plugin.calibrate import to_static
     from granq_plugin.convert import quantize
     from granq_plugin.freeze import freeze_weights
+    from granq_plugin.fusion import fuse_batch_norm
     from granq_plugin.quantizers import (
         GranQActPerChannel,
         GranQActPerChannelStatic,
@@ -30,12 +31,14 @@ __all__ = [
     "GranQWeightPerKernel",
     "__version__",
     "freeze_weights",
+    "fuse_batch_norm",
     "quantize",
     "to_static",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__, {
     "freeze_weights": "granq_plugin.freeze",
+    "fuse_batch_norm": "granq_plugin.fusion",
     "quantize": "granq_plugin.convert",
     "register_handlers": "granq_plugin.handlers",
     "to_static": "granq_plugin.calibrate",

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from granq_plugin.fusion import fuse_batch_norm
 from granq_plugin.zero_shot import parallel
 from zoo.card import Preprocessing
 from zoo.data import ImageSet
@@ -112,7 +113,7 @@ def evaluate(
     if not len(data):
         raise ValueError(f"no images in {data.source!r}")
     rank, world = (parallel.rank(), parallel.world_size()) if distributed else (0, 1)
-    model = model.to(device).eval()
+    model = fuse_batch_norm(model.to(device).eval())
     counts = torch.zeros(3, dtype=torch.int64)
     start = time.perf_counter()
     for images, y in data.batches(batch_size, rank, world):

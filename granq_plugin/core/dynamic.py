@@ -24,10 +24,10 @@ class DynamicGranQ(GranQBase):
         ``(value, scale, zero_point, bit_width)``; a 0-d input (Brevitas's sentinel) comes back as it is, with unit scale.
 
     Note:
-        ``quantizer(x, relu=True)`` is ``quantizer(torch.relu(x))`` in one pass (:func:`granq_plugin.kernels.granq`).
+        ``quantizer(x, True, ahead)`` is ``quantizer(torch.relu(ahead.apply(x)))`` in one pass (:func:`granq_plugin.kernels.granq`).
     """
 
-    fuses_relu = True
+    fuses = True
 
     def __init__(
             self,
@@ -45,14 +45,14 @@ class DynamicGranQ(GranQBase):
         self.channel_axis = channel_axis
         self.check_finite = check_finite
 
-    def forward(self, x: Tensor, relu: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, relu: bool = False, ahead: kernels.Ahead | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         bit_width = self.bits
         if x.dim() == 0:
             return x, torch.ones_like(x), torch.zeros_like(x), bit_width
         before = self.clamp.after(relu)
         if self.check_finite or self.observer_only:
-            x, before = before.apply(x), kernels.IDENTITY
+            x, before, ahead = before.apply(x if ahead is None else ahead.apply(x)), kernels.IDENTITY, None
         if self.check_finite:
             GF.check_finite(x)
-        value, scale, zero_point = kernels.granq(x, self.bit_width, self.channel_axis, before)
+        value, scale, zero_point = kernels.granq(x, self.bit_width, self.channel_axis, before, ahead)
         return (x if self.observer_only else value), scale, zero_point, bit_width

@@ -7,29 +7,40 @@ from brevitas.quant_tensor import QuantTensor
 from torch import Tensor, nn
 
 from granq_plugin.core.quant_tensor import PerChannelQuantTensor
+from granq_plugin.kernels import Ahead
 
-__all__ = ["GranQActProxy", "GranQDynamicActProxy", "GranQStaticActProxy", "GranQPerKernelWeightProxy", "GranQWeightProxy"]
+__all__ = ["FusedActivation", "GranQActProxy", "GranQDynamicActProxy", "GranQStaticActProxy", "GranQPerKernelWeightProxy",
+           "GranQWeightProxy", "has_hooks"]
 
 
-class _FusedActivation(nn.Module):
-    """Brevitas's FusedActivationQuantProxy without TorchScript, which our quantizers do not need and cannot have."""
+class FusedActivation(nn.Module):
+    """Brevitas's FusedActivationQuantProxy without TorchScript, which our quantizers do not need and cannot have.
+
+    Attributes:
+        ahead: a BatchNorm (and an addition) that the next forward does first, and that forward alone.
+    """
 
     def __init__(self, activation_impl: nn.Module, tensor_quant: nn.Module) -> None:
         super().__init__()
         self.activation_impl = activation_impl
         self.tensor_quant = tensor_quant
+        self.ahead: Ahead | None = None
 
     def forward(self, x: Tensor):
-        if self._fuses():
-            return self.tensor_quant(x, relu=True)
-        return self.tensor_quant(self.activation_impl(x))
+        ahead, self.ahead = self.ahead, None
+        if self.fuses():
+            return self.tensor_quant(x, type(self.activation_impl) is nn.ReLU, ahead)
+        return self.tensor_quant(self.activation_impl(x if ahead is None else ahead.apply(x)))
 
-    def _fuses(self) -> bool:
-        """Whether the quantizer can do the ReLU too, and no hook wants to see what lies between."""
-        relu, quant = self.activation_impl, self.tensor_quant
-        return type(relu) is nn.ReLU and getattr(quant, "fuses_relu", False) and not (
-            relu._forward_hooks or relu._forward_pre_hooks or relu._backward_hooks or relu._backward_pre_hooks
-            or quant._forward_hooks or quant._forward_pre_hooks or quant._backward_hooks or quant._backward_pre_hooks)
+    def fuses(self) -> bool:
+        """Whether the quantizer can do the activation too, and no hook wants to see what lies between."""
+        return (type(self.activation_impl) in (nn.ReLU, nn.Identity) and getattr(self.tensor_quant, "fuses", False)
+                and not (has_hooks(self.activation_impl) or has_hooks(self.tensor_quant)))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at what goes into a module or comes out of it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 class GranQActProxy(ActQuantProxyFromInjector):
@@ -44,7 +55,7 @@ class GranQActProxy(ActQuantProxyFromInjector):
         if act_impl is None or isinstance(act_impl, nn.Hardtanh):  # its clamp is the quantizer's
             act_impl = nn.Identity()
         previous = getattr(self, "fused_activation_quant_proxy", None)
-        self.fused_activation_quant_proxy = _FusedActivation(act_impl, self.quant_injector.tensor_quant)
+        self.fused_activation_quant_proxy = FusedActivation(act_impl, self.quant_injector.tensor_quant)
         if previous is not None:  # rebuilt, e.g. by load_state_dict: stay on the device
             self.fused_activation_quant_proxy.to(next(previous.buffers()).device)
         self.is_quant_enabled = True

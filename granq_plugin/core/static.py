@@ -63,7 +63,7 @@ class StaticGranQ(GranQBase):
         ``(value, scale, zero_point, bit_width)``, scale of shape ``[1, C, 1, ...]``.
     """
 
-    fuses_relu = True
+    fuses = True
 
     def __init__(
             self,
@@ -95,7 +95,7 @@ class StaticGranQ(GranQBase):
             scale, _ = GF.affine_params(*self.scaling_impl.ends(), self.bit_width, self.signed)
             self.learned_scale.data = scale.to(self.learned_scale)
 
-    def forward(self, x: Tensor, relu: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, relu: bool = False, ahead: kernels.Ahead | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         bit_width = self.bits
         if x.dim() == 0:  # Brevitas's sentinel: metadata only
             if not self.scaling_impl.has_ranges:
@@ -104,16 +104,18 @@ class StaticGranQ(GranQBase):
         GF.check_float(x)
         before = self.clamp.after(relu)
         if self.check_finite or self.observer_only or not self.scaling_impl.frozen:  # somebody looks at what is quantized
-            x, before = before.apply(x), kernels.IDENTITY
+            x, before, ahead = before.apply(x if ahead is None else ahead.apply(x)), kernels.IDENTITY, None
         if self.check_finite:
             GF.check_finite(x)
         scale, zero_point = self._grid_for(x)
         if self.observer_only:
             return x, scale, zero_point, bit_width
-        if self.learned_scale is None and has_stock_arithmetic(self.int_quant):
+        learns = scale.requires_grad and torch.is_grad_enabled()
+        if not learns and has_stock_arithmetic(self.int_quant):
             axis = self.scaling_impl.channel_axis if x.dim() > 1 else 0
-            return kernels.affine_quantize(x, scale, zero_point, self._limits(), axis, before), scale, zero_point, bit_width
-        x = before.apply(x)
+            value = kernels.affine_quantize(x, scale, zero_point, self._limits(), axis, before, ahead)
+            return value, scale, zero_point, bit_width
+        x = before.apply(x if ahead is None else ahead.apply(x))
         return self.int_quant(scale, zero_point, bit_width, x).to(x.dtype), scale, zero_point, bit_width
 
     def quantize_to_integers(self, x: Tensor) -> Tensor:

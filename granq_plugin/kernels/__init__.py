@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from granq_plugin import functional as GF
 from granq_plugin.functional import GranQResult
 from granq_plugin.kernels import compiled, native
-from granq_plugin.kernels.layout import IDENTITY, Before, Layout, layout_of, static_layout_of, whole_layout_of
+from granq_plugin.kernels.layout import IDENTITY, Ahead, Before, Layout, layout_of, static_layout_of, whole_layout_of
 
-__all__ = ["BACKENDS", "IDENTITY", "Before", "affine_quantize", "backend", "granq", "is_observed", "why_not_compiled"]
+__all__ = ["BACKENDS", "IDENTITY", "Ahead", "Before", "affine_quantize", "backend", "granq", "is_observed", "why_not_compiled"]
 
 BACKENDS = ("eager", "compiled", "triton")
 _MOST_OF_A_SAMPLE = 2**27  # values, which Triton's addresses and grids can count
@@ -90,50 +90,99 @@ def is_observed() -> bool:
                 or torch._C._are_functorch_transforms_active())
 
 
-def granq(x: Tensor, bit_width: int, channel_axis: int = 1, before: Before = IDENTITY) -> GranQResult:
-    """:func:`granq_plugin.functional.granq` of ``before.apply(x)``: ReLU, clamp, ranges, quantization and the gradient, fused.
+def granq(
+        x: Tensor, bit_width: int, channel_axis: int = 1, before: Before = IDENTITY, ahead: Ahead | None = None) -> GranQResult:
+    """:func:`granq_plugin.functional.granq` of ``before.apply(ahead.apply(x))``: BatchNorm, addition, ReLU, clamp, ranges,
+    quantization and the gradient, fused.
 
     Args:
         x, bit_width, channel_axis: see :func:`granq_plugin.functional.granq`.
         before: a ReLU and a clamp to do first.
+        ahead: a BatchNorm in evaluation mode and an addition to do ahead of them, with C on axis 1. On a GPU its result may differ
+            from torch's in the last places, and where that decides a rounding, a value by one level.
 
     Returns:
         :class:`~granq_plugin.functional.GranQResult`. Keeps one bit of each value (on a GPU one byte) for the backward of a ReLU
-        or clamp, and nothing without.
+        or clamp, and nothing without; for that of a BatchNorm, what BatchNorm keeps.
 
     Raises:
         TypeError, ValueError: as there; see also :func:`backend`.
     """
+    if ahead is not None and not _is_fused(x, channel_axis, ahead):
+        x, ahead = ahead.apply(x), None
     if isinstance(x, Tensor):
         chosen, layout = _choose(x, channel_axis)
-        if chosen == "compiled":
-            return compiled.granq(x, GF.check_bit_width(bit_width), layout, before)
-        if chosen == "triton":
-            from granq_plugin.kernels import triton_kernel
-            return triton_kernel.granq(x, GF.check_bit_width(bit_width), layout, before)
+        if chosen != "eager":
+            return _dynamic_kernel(chosen).granq(x, GF.check_bit_width(bit_width), layout, before, ahead)
     return GF.granq(before.apply(x), bit_width, channel_axis)
 
 
 def affine_quantize(
         x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int], channel_axis: int = 1,
-        before: Before = IDENTITY) -> Tensor:
-    """:func:`granq_plugin.functional.affine_quantize` of ``before.apply(x)`` in one pass: frozen ranges, and weights.
+        before: Before = IDENTITY, ahead: Ahead | None = None) -> Tensor:
+    """:func:`granq_plugin.functional.affine_quantize` of ``before.apply(ahead.apply(x))`` in one pass: frozen ranges, and weights.
 
     Args:
         x, scale, zero_point, limits: see there; scale and zero_point with one element per channel, or one for all.
-        channel_axis: where the channels stand. before: a ReLU and a clamp to do first.
+        channel_axis: where the channels stand. before, ahead: see :func:`granq`.
 
     Returns:
         As there. Keeps one bit of each value (on a GPU one byte) for the backward.
     """
-    chosen, layout = _choose(x, channel_axis, static_layout_of if scale.numel() != 1 else whole_layout_of)
+    per_channel = scale.numel() != 1
+    if ahead is not None and not (per_channel and _is_fused(x, channel_axis, ahead)):
+        x, ahead = ahead.apply(x), None
+    chosen, layout = _choose(x, channel_axis, static_layout_of if per_channel else whole_layout_of)
     if chosen != "eager":
         wide = torch.promote_types(x.dtype, torch.float32)
         if all(t.dtype == wide and t.device == x.device and t.is_contiguous() and t.numel() == layout.channels
                for t in (scale, zero_point)):
-            if chosen == "compiled":
-                kernel = compiled
-            else:
-                from granq_plugin.kernels import triton_frozen as kernel
-            return kernel.affine_quantize(x, scale.detach(), zero_point.detach(), limits, layout, before)
+            return _frozen_kernel(chosen).affine_quantize(x, scale.detach(), zero_point.detach(), limits, layout, before, ahead)
+    x = x if ahead is None else ahead.apply(x)
     return GF.affine_quantize(before.apply(x), scale, zero_point, limits)
+
+
+def _dynamic_kernel(chosen: str):
+    if chosen == "compiled":
+        return compiled
+    from granq_plugin.kernels import triton_kernel
+    return triton_kernel
+
+
+def _frozen_kernel(chosen: str):
+    if chosen == "compiled":
+        return compiled
+    from granq_plugin.kernels import triton_frozen
+    return triton_frozen
+
+
+def _is_fused(x: Tensor, channel_axis: int, ahead: Ahead) -> bool:
+    """Whether the kernel of x computes this BatchNorm, too: on the CPU bit for bit as torch does."""
+    if x.dim() < 3 or channel_axis not in (1, 1 - x.dim()) or x.dtype == torch.float64:
+        return False
+    chosen, layout = _choose(x, channel_axis)
+    if chosen == "eager" or not all(
+            t is None or (type(t) in _PLAIN and t.dtype == torch.float32 and t.device == x.device and t.is_contiguous()
+                          and t.numel() == x.shape[1]) for t in ahead[:4]):
+        return False
+    y = ahead.residual
+    if y is not None and not (type(y) in _PLAIN and y.dtype == x.dtype and y.device == x.device and y.shape == x.shape
+                              and y.stride() == x.stride()):
+        return False
+    return chosen == "triton" or _computes_batch_norm(x.dtype, layout.memory_format)
+
+
+@cache
+def _computes_batch_norm(dtype: torch.dtype, memory_format: torch.memory_format) -> bool:
+    """Whether the CPU kernel's BatchNorm and addition have the bits of torch's here: tried once, for they depend on the processor
+    and on how torch was built. 16 bits and 256 ranges show a difference in the last place."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+    spatial = (7, 3, 3) if memory_format == torch.channels_last_3d else (7, 9)
+    x, residual = (draw(4, 64, *spatial).to(dtype).contiguous(memory_format=memory_format) for _ in range(2))
+    ahead = Ahead(draw(64), draw(64).square() + 0.1, draw(64), draw(64), 1e-5, residual)
+    with torch.no_grad():
+        actual = compiled.granq(x, 16, layout_of(x, 1), IDENTITY, ahead)
+        return all(map(torch.equal, actual, GF.granq(ahead.apply(x), 16)))

@@ -5,20 +5,21 @@ from torch import Tensor
 
 from granq_plugin.functional import GranQResult
 from granq_plugin.kernels import gradients, native
-from granq_plugin.kernels.layout import Before, Layout
+from granq_plugin.kernels.layout import Ahead, Before, Layout
 
 __all__ = ["affine_quantize", "granq"]
 
 
-def granq(x: Tensor, bit_width: int, layout: Layout, before: Before) -> GranQResult:
+def granq(x: Tensor, bit_width: int, layout: Layout, before: Before, ahead: Ahead | None) -> GranQResult:
     """See :func:`granq_plugin.kernels.granq`."""
-    return gradients.granq(_forward, _masked, x, bit_width, layout, before)
+    return gradients.granq(_forward, _masked, x, bit_width, layout, before, ahead)
 
 
 def affine_quantize(
-        x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int], layout: Layout, before: Before) -> Tensor:
+        x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int], layout: Layout, before: Before,
+        ahead: Ahead | None) -> Tensor:
     """See :func:`granq_plugin.kernels.affine_quantize`. scale and zero_point are contiguous, with an element per channel."""
-    return gradients.affine_quantize(_affine, _masked, x, scale, zero_point, limits, layout, before)
+    return gradients.affine_quantize(_affine, _masked, x, scale, zero_point, limits, layout, before, ahead)
 
 
 def _mask_size(layout: Layout) -> int:
@@ -32,24 +33,37 @@ def _pointer(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-def _forward(x: Tensor, bit_width: int, layout: Layout, before: Before,
+def _ahead(x: Tensor, ahead: Ahead | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Factors and shifts of a BatchNorm, and what is added."""
+    if ahead is None:
+        return None, None, None
+    alpha, beta = torch.empty_like(ahead.mean), torch.empty_like(ahead.mean)
+    native.library(x.dtype).batch_norm_affine(
+        *map(_pointer, ahead[:4]), ahead.eps, ahead.mean.numel(), alpha.data_ptr(), beta.data_ptr())
+    return alpha, beta, ahead.residual
+
+
+def _forward(x: Tensor, bit_width: int, layout: Layout, before: Before, ahead: Ahead | None,
              needs_mask: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     y = torch.empty_like(x)
     scale = torch.empty(layout.scale_shape, dtype=torch.promote_types(x.dtype, torch.float32))
     zero_point = torch.empty_like(scale)
     mask = torch.empty(_mask_size(layout), dtype=torch.uint8) if needs_mask else None
+    first = _ahead(x, ahead)
     native.library(x.dtype).granq_forward(
-        x.data_ptr(), y.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), _pointer(mask), *layout[:4], 2**bit_width - 1,
-        *before.limits(x.dtype), native.threads_for(x))
+        x.data_ptr(), y.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), _pointer(mask), *map(_pointer, first), *layout[:4],
+        2**bit_width - 1, *before.limits(x.dtype), native.threads_for(x))
     return y, scale, zero_point, mask
 
 
-def _affine(x, scale, zero_point, limits, layout: Layout, before: Before, needs_mask: bool) -> tuple[Tensor, Tensor | None]:
+def _affine(x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int], layout: Layout, before: Before,
+            ahead: Ahead | None, needs_mask: bool) -> tuple[Tensor, Tensor | None]:
     y = torch.empty_like(x)
     mask = torch.empty(_mask_size(layout), dtype=torch.uint8) if needs_mask else None
+    first = _ahead(x, ahead)
     native.library(x.dtype).frozen_forward(
-        x.data_ptr(), y.data_ptr(), _pointer(mask), scale.data_ptr(), zero_point.data_ptr(), *layout[:4], *limits,
-        *before.limits(x.dtype), native.threads_for(x))
+        x.data_ptr(), y.data_ptr(), _pointer(mask), scale.data_ptr(), zero_point.data_ptr(), *map(_pointer, first), *layout[:4],
+        *limits, *before.limits(x.dtype), native.threads_for(x))
     return y, mask
 
 

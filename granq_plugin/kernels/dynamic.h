@@ -64,8 +64,9 @@ struct Table {
 
 // --- contiguous: one row per (sample, channel)
 
-template <bool CLAMP, bool MASK>
-void rows(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, Shape s, double levels, Limits limits, int threads) {
+template <int B, bool MASK>
+void rows(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, Ahead ahead, Shape s, double levels, Limits limits,
+          int threads) {
     const int64_t n = s.inner, count = s.samples * s.channels;
     const int64_t fitting = 16384 / int64_t(n * sizeof(T));  // rows of a group stay in the first cache between the two passes
     const int64_t size = fitting < 1 ? 1 : fitting > L ? L : fitting;
@@ -79,16 +80,15 @@ void rows(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, Shape s, do
                 lo[g] = hi[g] = V{};
                 continue;
             }
-            const Row row(x + (first + g) * n, n);
-            const T* in = row.x;
+            const Row<B> row(x, ahead, first + g, s.channels, n);
             uint16_t* bits = MASK ? mask + (first + g) * vectors_in(n) : nullptr;
             V l = all(std::numeric_limits<W>::infinity()), h = -l, sum{};
             each_vector(n, [&](int64_t i, int64_t k) {
-                const V v = load(in + i);
+                const V v = row(i);
                 if (MASK) bits[k] = steps.passes(v);
                 l = least(l, v), h = greatest(h, v), sum += v;
             });
-            lo[g] = steps.template clamp<CLAMP>(l), hi[g] = steps.template clamp<CLAMP>(h), sums += sum;  // clamping keeps the order
+            lo[g] = steps.template clamp<B>(l), hi[g] = steps.template clamp<B>(h), sums += sum;  // clamping keeps the order
         }
         // 16 vectors of minima become one with the minimum of each row; all 16 grids are then computed together
         for (int half = L / 2; half; half /= 2)
@@ -100,11 +100,12 @@ void rows(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, Shape s, do
         store(lows, lo[0]);
         for (int j = 0; j < L; j++) sum += sums[j];
         if (sum != sum)  // a NaN, or infinities: minima and maxima pass over NaN, so look for it row by row
-            for (int64_t g = 0; g < group; g++)
-                for (int64_t i = 0; i < n; i++) {
-                    const W v = widen(x[(first + g) * n + i]);
-                    if (v != v) lows[g] = v;
-                }
+            for (int64_t g = 0; g < group; g++) {
+                const Row<B> row(x, ahead, first + g, s.channels, n);
+                VI nan{};
+                each_vector(n, [&](int64_t i, int64_t) { nan |= row(i) != row(i); });
+                if (bits_of(nan)) lows[g] = std::numeric_limits<W>::quiet_NaN();
+            }
         const V low = load(lows), high = low != low ? low : hi[0];
         const Grid grid = grid_of(low, high, levels);
         W inv_scales[L], offsets[L], scales[L], zero_points[L], highest[L];
@@ -114,9 +115,9 @@ void rows(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, Shape s, do
         std::memcpy(zero_point + first, zero_points, group * sizeof(W));
         for (int64_t g = 0; g < group; g++) {
             const Grid own{all(inv_scales[g]), all(offsets[g])};
+            const Row<B> row(x, ahead, first + g, s.channels, n);
             const auto quantize = [&](auto on_grid) {
-                map_row(x + (first + g) * n, y + (first + g) * n, n,
-                        [&](V v, int64_t) { return on_grid(steps.template clamp<CLAMP>(v)); });
+                write_row(y + (first + g) * n, n, [&](int64_t i, int64_t) { return on_grid(steps.template clamp<B>(row(i))); });
             };
             if (Table::serves(n, highest[g], offsets[g])) quantize(Table(own, highest[g]));
             else quantize([&](V v) { return level(integers(v, own), own); });
@@ -128,28 +129,30 @@ void rows(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, Shape s, do
 
 constexpr int BLOCK = 4;  // vectors of 16 channels that are read together: whole cache lines, also of half precision
 
-template <bool CLAMP, bool MASK, int N>  // N vectors of channels, from one on, of one sample
-void column_block(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, int64_t from, int64_t n, int64_t channels,
+template <int B, bool MASK, int N>  // N vectors of channels, from one on, of one sample
+void column_block(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, Ahead ahead, int64_t from, int64_t n, int64_t channels,
                   double levels, const Steps& steps) {
     V lo[N], hi[N], sum[N];
+    Norm<B> norm[N];
     const auto span = [&](int b) { return Columns<(N > 1)>((from + b) * L, channels); };
     for (int b = 0; b < N; b++) {
         lo[b] = all(std::numeric_limits<W>::infinity()), hi[b] = -lo[b], sum[b] = V{};
+        norm[b] = span(b).template norm<B>(ahead);
     }
     for (int64_t i = 0; i < n; i++)
         #pragma GCC unroll 4
         for (int b = 0; b < N; b++) {
-            const V v = span(b).read(x + i * channels);
+            const V v = span(b).template read<B>(x, ahead, i * channels, norm[b]);
             if (MASK) mask[i * vectors_in(channels) + from + b] = steps.passes(v);
             lo[b] = least(lo[b], v), hi[b] = greatest(hi[b], v), sum[b] += v;
         }
     Grid grids[N];
     for (int b = 0; b < N; b++) {
-        lo[b] = steps.template clamp<CLAMP>(lo[b]), hi[b] = steps.template clamp<CLAMP>(hi[b]);
+        lo[b] = steps.template clamp<B>(lo[b]), hi[b] = steps.template clamp<B>(hi[b]);
         VI nan{};
         if (bits_of(sum[b] != sum[b]))  // as in rows
             for (int64_t i = 0; i < n; i++) {
-                const V v = span(b).read(x + i * channels);
+                const V v = span(b).template read<B>(x, ahead, i * channels, norm[b]);
                 nan |= v != v;
             }
         const V none = all(std::numeric_limits<W>::quiet_NaN());
@@ -160,27 +163,29 @@ void column_block(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, int
     for (int64_t i = 0; i < n; i++)
         #pragma GCC unroll 4
         for (int b = 0; b < N; b++) {
-            const V v = span(b).read(x + i * channels);
-            span(b).write(y + i * channels, level(integers(steps.template clamp<CLAMP>(v), grids[b]), grids[b]));
+            const V v = span(b).template read<B>(x, ahead, i * channels, norm[b]);
+            span(b).write(y + i * channels, level(integers(steps.template clamp<B>(v), grids[b]), grids[b]));
         }
 }
 
-template <bool CLAMP, bool MASK>
-void columns(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, Shape s, double levels, Limits limits, int threads) {
+template <int B, bool MASK>
+void columns(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, Ahead ahead, Shape s, double levels, Limits limits,
+             int threads) {
     const int64_t vectors = vectors_in(s.channels), blocks = (vectors + BLOCK - 1) / BLOCK, n = s.outer;
     #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t task = 0; task < s.samples * blocks; task++) {
         const int64_t sample = task / blocks, from = task % blocks * BLOCK, at = sample * n;
         const Steps steps(limits);
+        const Ahead of_sample{ahead.alpha, ahead.beta, ahead.residual ? ahead.residual + at * s.channels : nullptr};
         const auto run = [&](auto block) {
             block(x + at * s.channels, y + at * s.channels, scale + sample * s.channels, zero_point + sample * s.channels,
-                  MASK ? mask + at * vectors : nullptr, from, n, s.channels, levels, steps);
+                  MASK ? mask + at * vectors : nullptr, of_sample, from, n, s.channels, levels, steps);
         };
         switch (vectors - from) {
-            case 1: run(column_block<CLAMP, MASK, 1>); break;
-            case 2: run(column_block<CLAMP, MASK, 2>); break;
-            case 3: run(column_block<CLAMP, MASK, 3>); break;
-            default: run(column_block<CLAMP, MASK, BLOCK>);
+            case 1: run(column_block<B, MASK, 1>); break;
+            case 2: run(column_block<B, MASK, 2>); break;
+            case 3: run(column_block<B, MASK, 3>); break;
+            default: run(column_block<B, MASK, BLOCK>);
         }
     }
 }

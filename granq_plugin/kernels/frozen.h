@@ -18,30 +18,31 @@ struct Frozen {
 };
 
 // One vector: its value on the grid, and its bits
-template <bool CLAMP, bool MASK> inline V frozen_value(V v, const Frozen& frozen, const Steps& steps, uint16_t* bits) {
-    const V q = frozen.integers(steps.template clamp<CLAMP>(v));
-    if (MASK) *bits = CLAMP ? frozen.passes(q) & steps.passes(v) : frozen.passes(q);
+template <int B, bool MASK> inline V frozen_value(V v, const Frozen& frozen, const Steps& steps, uint16_t* bits) {
+    const V q = frozen.integers(steps.template clamp<B>(v));
+    if (MASK) *bits = B != NOTHING ? frozen.passes(q) & steps.passes(v) : frozen.passes(q);
     return frozen.value(q);
 }
 
-template <bool CLAMP, bool MASK>
-void frozen_rows(const T* x, T* y, uint16_t* mask, const W* scale, const W* zero_point, Shape s, W lowest, W highest, Limits limits,
-                 int threads) {
+template <int B, bool MASK>
+void frozen_rows(const T* x, T* y, uint16_t* mask, const W* scale, const W* zero_point, Ahead ahead, Shape s, W lowest, W highest,
+                 Limits limits, int threads) {
     const int64_t n = s.inner;
     #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t r = 0; r < s.samples * s.channels; r++) {
         const Steps steps(limits);
         const Frozen frozen{all(scale[r % s.channels]), all(zero_point[r % s.channels]), lowest, highest};
         uint16_t* bits = MASK ? mask + r * vectors_in(n) : nullptr;
-        map_row(x + r * n, y + r * n, n, [&](V v, int64_t k) { return frozen_value<CLAMP, MASK>(v, frozen, steps, bits + k); });
+        const Row<B> row(x, ahead, r, s.channels, n);
+        write_row(y + r * n, n, [&](int64_t i, int64_t k) { return frozen_value<B, MASK>(row(i), frozen, steps, bits + k); });
     }
 }
 
 constexpr int PIXELS = 8;  // that share what is loaded for their channels
 
-template <bool CLAMP, bool MASK>
-void frozen_columns(const T* x, T* y, uint16_t* mask, const W* scale, const W* zero_point, Shape s, W lowest, W highest,
-                    Limits limits, int threads) {
+template <int B, bool MASK>
+void frozen_columns(const T* x, T* y, uint16_t* mask, const W* scale, const W* zero_point, Ahead ahead, Shape s, W lowest,
+                    W highest, Limits limits, int threads) {
     const int64_t pixels = s.samples * s.outer, vectors = vectors_in(s.channels);
     #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t from = 0; from < pixels; from += PIXELS) {
@@ -50,9 +51,11 @@ void frozen_columns(const T* x, T* y, uint16_t* mask, const W* scale, const W* z
         for (int64_t at = 0; at < s.channels; at += L) {
             const Columns<false> columns(at, s.channels);
             const Frozen frozen{columns.read(scale), columns.read(zero_point), lowest, highest};
+            const Norm<B> norm = columns.template norm<B>(ahead);
             for (int64_t i = from; i < to; i++)
-                columns.write(y + i * s.channels, frozen_value<CLAMP, MASK>(
-                    columns.read(x + i * s.channels), frozen, steps, MASK ? mask + i * vectors + at / L : nullptr));
+                columns.write(y + i * s.channels, frozen_value<B, MASK>(
+                    columns.template read<B>(x, ahead, i * s.channels, norm), frozen, steps,
+                    MASK ? mask + i * vectors + at / L : nullptr));
         }
     }
 }
@@ -70,7 +73,8 @@ void backward_rows(const T* grad, const uint16_t* mask, T* out, const W* scale, 
     for (int64_t r = 0; r < s.samples * s.channels; r++) {
         const V by = SCALED ? all(scale[r % s.channels]) : V{};
         const uint16_t* bits = mask + r * vectors_in(n);
-        map_row(grad + r * n, out + r * n, n, [&](V g, int64_t k) { return back<SCALED>(g, bits[k], by); });
+        const Row<NOTHING> row(grad, {}, r, s.channels, n);
+        write_row(out + r * n, n, [&](int64_t i, int64_t k) { return back<SCALED>(row(i), bits[k], by); });
     }
 }
 

@@ -5,9 +5,10 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["IDENTITY", "Before", "Layout", "layout_of", "static_layout_of", "whole_layout_of"]
+__all__ = ["IDENTITY", "Ahead", "Before", "Layout", "layout_of", "static_layout_of", "whole_layout_of"]
 
 
 class Layout(NamedTuple):
@@ -147,3 +148,28 @@ def _gradient_passes_at_limits() -> bool:
 
 
 IDENTITY = Before()
+
+
+class Ahead(NamedTuple):
+    """What comes ahead of :class:`Before`: BatchNorm in evaluation mode, and then the addition of another tensor, if there is one.
+
+    Attributes:
+        mean, var, weight, bias: ``[C]``; the last two may be None. eps: as BatchNorm's.
+        residual: of the shape of the values, or None.
+    """
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    residual: Tensor | None = None
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The same as separate operations of torch, of x ``[B, C, *spatial]``."""
+        y = F.batch_norm(x, self.mean, self.var, self.weight, self.bias, False, 0.0, self.eps)
+        return y if self.residual is None else y + self.residual
+
+    @property
+    def leaves(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What gradients reach, beside the values."""
+        return self.weight, self.bias, self.residual

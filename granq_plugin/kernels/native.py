@@ -33,8 +33,9 @@ _SMALL = 32768  # values below which threads cost more than they save; torch's o
 
 _P, _I, _D, _C = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
 SIGNATURES = dict(
-    granq_forward=[_P] * 5 + [_I] * 4 + [_D, _C, _D, _D, _D, _D, _C, _C],
-    frozen_forward=[_P] * 5 + [_I] * 4 + [_D, _D, _C, _D, _D, _D, _D, _C, _C],
+    batch_norm_affine=[_P] * 4 + [_D, _I] + [_P] * 2,
+    granq_forward=[_P] * 8 + [_I] * 4 + [_D, _C, _D, _D, _D, _D, _C, _C],
+    frozen_forward=[_P] * 8 + [_I] * 4 + [_D, _D, _C, _D, _D, _D, _D, _C, _C],
     masked_backward=[_P] * 4 + [_I] * 4 + [_C])
 
 _forked = False

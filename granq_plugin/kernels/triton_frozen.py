@@ -9,8 +9,18 @@ import triton.language as tl
 from torch import Tensor
 
 from granq_plugin.kernels import gradients
-from granq_plugin.kernels.layout import Before, Layout
-from granq_plugin.kernels.triton_kernel import _before, _largest, _least, _round, _stored, clamp_kind
+from granq_plugin.kernels.layout import Ahead, Before, Layout
+from granq_plugin.kernels.triton_kernel import (
+    _before,
+    _largest,
+    _least,
+    _load,
+    _norm_of,
+    _round,
+    _stored,
+    clamp_kind,
+    norm_arguments,
+)
 
 __all__ = ["affine_quantize"]
 
@@ -34,14 +44,18 @@ def _tile(rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr, channels, CHAN
 
 @triton.jit
 def _frozen(
-        x_ptr, y_ptr, mask_ptr, scale_ptr, zero_point_ptr, rows, columns, channels, lowest, highest, low, high, above, below,
-        nan_passes, CLAMP: tl.constexpr, MASK: tl.constexpr, CHANNEL_IS_COLUMN: tl.constexpr, ROWS: tl.constexpr,
-        BLOCK: tl.constexpr):
+        x_ptr, y_ptr, mask_ptr, scale_ptr, zero_point_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, residual_ptr, eps, rows,
+        columns, channels, lowest, highest, low, high, above, below, nan_passes, NORM: tl.constexpr, CLAMP: tl.constexpr,
+        MASK: tl.constexpr, CHANNEL_IS_COLUMN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     address, inside, channel = _tile(rows, columns, ROWS, BLOCK, channels, CHANNEL_IS_COLUMN)
     ones = tl.full([ROWS, BLOCK], 1.0, tl.float32)
     scale = tl.load(scale_ptr + channel) * ones
     zero_point = tl.load(zero_point_ptr + channel)
-    x = tl.load(x_ptr + address, mask=inside, other=0.0).to(tl.float32)
+    alpha = 1.0
+    beta = 0.0
+    if NORM > 0:
+        alpha, beta = _norm_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, channel)
+    x = _load(x_ptr, residual_ptr, address, inside, 0.0, alpha, beta, NORM)
     x, passes = _before(x, low, high, above, below, nan_passes, CLAMP)
     q = _round(tl.div_rn(x, scale) + zero_point)
     if MASK:
@@ -77,13 +91,15 @@ def _launch(layout: Layout) -> tuple[tuple[int, int], tuple[int, int, int], dict
         CHANNEL_IS_COLUMN=by_column, ROWS=tile_rows, BLOCK=block, num_warps=8 if block > 2048 else 4, enable_fp_fusion=False)
 
 
-def _forward(x, scale, zero_point, limits, layout: Layout, before: Before, needs_mask: bool) -> tuple[Tensor, Tensor | None]:
+def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int], layout: Layout, before: Before,
+             ahead: Ahead | None, needs_mask: bool) -> tuple[Tensor, Tensor | None]:
     y = torch.empty_like(x)
     mask = torch.empty_like(x, dtype=torch.bool) if needs_mask else None
     _, *edges = before.limits(x.dtype)
     grid, sizes, constants = _launch(layout)
-    _frozen[grid](x, y, mask.view(torch.int8) if needs_mask else x, scale, zero_point, *sizes, *map(float, limits), *edges,
-                  CLAMP=clamp_kind(before), MASK=needs_mask, **constants)
+    norm, norms = norm_arguments(x, ahead)
+    _frozen[grid](x, y, mask.view(torch.int8) if needs_mask else x, scale, zero_point, *norms, *sizes, *map(float, limits), *edges,
+                  NORM=norm, CLAMP=clamp_kind(before), MASK=needs_mask, **constants)
     return y, mask
 
 
@@ -96,6 +112,7 @@ def _masked(grad: Tensor, mask: Tensor, scale: Tensor, layout: Layout) -> Tensor
 
 
 def affine_quantize(
-        x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int], layout: Layout, before: Before) -> Tensor:
+        x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int], layout: Layout, before: Before,
+        ahead: Ahead | None) -> Tensor:
     """See :func:`granq_plugin.kernels.affine_quantize`; scale and zero_point contiguous, float32, one element per channel."""
-    return gradients.affine_quantize(_forward, _masked, x, scale, zero_point, limits, layout, before)
+    return gradients.affine_quantize(_forward, _masked, x, scale, zero_point, limits, layout, before, ahead)

@@ -2,7 +2,8 @@
 
 Imported where there is a GPU, or where ``GRANQ_KERNEL=triton`` asks for it: with ``TRITON_INTERPRET=1`` it runs on CPU tensors.
 Results are those of :func:`granq_plugin.functional.granq` bit for bit, but for the sign of zeros: divisions round correctly,
-multiplications and additions are not fused, and rounding is to even.
+multiplications and additions are not fused, and rounding is to even. A BatchNorm ahead is one fused multiplication and addition,
+as on the CPU; cuDNN's may differ from it in the last places.
 """
 
 import os
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from granq_plugin.functional import MIN_RANGE, GranQResult
 from granq_plugin.kernels import gradients
-from granq_plugin.kernels.layout import Before, Layout
+from granq_plugin.kernels.layout import Ahead, Before, Layout
 
 __all__ = ["LONGEST_ROW", "granq"]
 
@@ -52,6 +53,28 @@ def _before(x, low, high, above, below, nan_passes, CLAMP: tl.constexpr):
         passes = tl.where(x <= above, 0, 1) * tl.where(x >= below, 0, 1) * tl.where(x == x, 1, nan_passes)
         x = _least(_largest(x, low), high)
     return x, passes
+
+
+@triton.jit
+def _norm_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, channel):
+    """A BatchNorm in evaluation mode as factors and shifts of channels."""
+    alpha = tl.div_rn(tl.full(channel.shape, 1.0, tl.float32), tl.sqrt_rn(tl.load(var_ptr + channel) + eps))
+    alpha *= tl.load(weight_ptr + channel)
+    return alpha, tl.fma(-tl.load(mean_ptr + channel), alpha, tl.load(bias_ptr + channel))
+
+
+@triton.jit
+def _load(x_ptr, residual_ptr, address, inside, other: tl.constexpr, alpha, beta, NORM: tl.constexpr):
+    """Values as they are when they are clamped: after a BatchNorm (NORM 1), and an addition (2). What is not there is anything."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    x = tl.load(x_ptr + address, mask=inside, other=other).to(tl.float32)
+    if NORM > 0:
+        zeros = tl.zeros(x.shape, tl.float32)
+        x = _stored(tl.fma(x, alpha + zeros, beta + zeros), dtype).to(tl.float32)
+    if NORM == 2:
+        x += tl.load(residual_ptr + address, mask=inside, other=0.0).to(tl.float32)
+        x = _stored(x, dtype).to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -106,41 +129,52 @@ def _places(row, exists, at, step, n, EVEN: tl.constexpr):
 
 @triton.jit
 def _first_pass(
-        x_ptr, mask_ptr, address, inside, low, high, above, below, nan_passes, CLAMP: tl.constexpr, MASK: tl.constexpr,
-        EVEN: tl.constexpr):
+        x_ptr, residual_ptr, mask_ptr, address, inside, alpha, beta, low, high, above, below, nan_passes, NORM: tl.constexpr,
+        CLAMP: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr):
     """Values, and what is least and largest where there are any."""
-    x = tl.load(x_ptr + address, mask=inside, other=float("inf")).to(tl.float32)
+    x = _load(x_ptr, residual_ptr, address, inside, float("inf"), alpha, beta, NORM)
     x, passes = _before(x, low, high, above, below, nan_passes, CLAMP)
     if MASK:
         tl.store(mask_ptr + address, passes.to(tl.int8), mask=inside)
+    least = x
     most = x
     if not EVEN:
+        if NORM > 0:
+            least = tl.where(inside, x, float("inf"))
         most = tl.where(inside, x, float("-inf"))
-    return x, x, most
+    return x, least, most
 
 
 @triton.jit
 def _granq(
-        x_ptr, y_ptr, mask_ptr, scale_ptr, zero_point_ptr, channels, row_stride, sample_stride, step, n, tiles, half_levels,
-        overflow, smallest, low, high, above, below, largest, nan_passes, CLAMP: tl.constexpr, MASK: tl.constexpr,
-        NARROW: tl.constexpr, FAST: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-        ONE_BLOCK: tl.constexpr):
+        x_ptr, y_ptr, mask_ptr, scale_ptr, zero_point_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, residual_ptr, eps, channels,
+        row_stride, sample_stride, step, n, tiles, half_levels, overflow, smallest, low, high, above, below, largest, nan_passes,
+        NORM: tl.constexpr, CLAMP: tl.constexpr, MASK: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, EVEN: tl.constexpr,
+        ROWS: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr):
     sample = tl.program_id(0) // tiles
     channel = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     exists = channel < channels
     x_ptr += sample.to(tl.int64) * sample_stride
     y_ptr += sample.to(tl.int64) * sample_stride
     mask_ptr += sample.to(tl.int64) * sample_stride
+    residual_ptr += sample.to(tl.int64) * sample_stride
+    alpha = tl.full([ROWS], 1.0, tl.float32)
+    beta = tl.full([ROWS], 0.0, tl.float32)
+    if NORM > 0:
+        alpha, beta = _norm_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, tl.minimum(channel, channels - 1))
+    alpha = alpha[:, None]
+    beta = beta[:, None]
     row = channel * row_stride
     place = tl.arange(0, BLOCK)
     address, inside = _places(row, exists, place, step, n, EVEN)
     x, least, most = _first_pass(
-        x_ptr, mask_ptr, address, inside, low, high, above, below, nan_passes, CLAMP, MASK, EVEN)
+        x_ptr, residual_ptr, mask_ptr, address, inside, alpha, beta, low, high, above, below, nan_passes, NORM, CLAMP, MASK, EVEN)
     if not ONE_BLOCK:
         for start in range(BLOCK, n, BLOCK):
             address, inside = _places(row, exists, start + place, step, n, EVEN)
             _, x_least, x_most = _first_pass(
-                x_ptr, mask_ptr, address, inside, low, high, above, below, nan_passes, CLAMP, MASK, EVEN)
+                x_ptr, residual_ptr, mask_ptr, address, inside, alpha, beta, low, high, above, below, nan_passes, NORM, CLAMP,
+                MASK, EVEN)
             least, most = _least(least, x_least), _largest(most, x_most)
     lo = tl.reduce(least, 1, _least)
     hi = tl.reduce(most, 1, _largest)
@@ -163,7 +197,7 @@ def _granq(
     else:
         for start in range(0, n, BLOCK):
             address, inside = _places(row, exists, start + place, step, n, EVEN)
-            x = tl.load(x_ptr + address, mask=inside, other=0.0).to(tl.float32)
+            x = _load(x_ptr, residual_ptr, address, inside, 0.0, alpha, beta, NORM)
             x, _ = _before(x, low, high, above, below, nan_passes, CLAMP)
             y = _quantized(x, inv_scale, offset, scale, fast, largest, NARROW)
             tl.store(y_ptr + address, _stored(y, y_ptr.dtype.element_ty), mask=inside)
@@ -174,32 +208,47 @@ def clamp_kind(before: Before) -> int:
     return 1 if before == Before(relu=True) else 2 if before != Before() else 0
 
 
-def _tile(layout: Layout) -> tuple[int, int, int]:
-    """``(rows, values of a row, warps)`` of a program: what was fastest on an H100."""
+def _tile(layout: Layout, item_size: int) -> tuple[int, int, int]:
+    """``(rows, values of a row, warps)`` of a program: contiguous, what was fastest on an H100."""
     n, channels = layout.outer * layout.inner, triton.next_power_of_2(layout.channels)
-    if layout.inner == 1 and layout.outer > 1:  # channels_last: whole cache lines of neighbouring channels
-        rows = min(32, channels)
-        block = min(triton.next_power_of_2(n), 8 * _TILE // rows)
-        return rows, block, max(1, rows * block // 1024)
-    block = triton.next_power_of_2(n) if n <= LONGEST_ROW else LONGEST_ROW // 2
+    block = triton.next_power_of_2(n)
+    if layout.inner == 1 and layout.outer > 1:  # channels_last: sectors of 32 bytes or more of neighbouring channels
+        rows = next((r for r in (32, 16, 8) if r * block <= LONGEST_ROW), 8)
+        if rows * item_size < 32 or rows * block > 2 * LONGEST_ROW:  # read twice
+            rows, block = 32, _TILE // 4
+        rows = min(rows, channels)
+        values = rows * block
+        return rows, block, max(1, values // 1024 if values <= 8 * _TILE else min(32, values // 512))
+    block = block if n <= LONGEST_ROW else LONGEST_ROW // 2
     rows = min(max(1, _TILE // block), channels)
     return rows, block, max(1, min(16, rows * block // 512))
 
 
-def _forward(x: Tensor, bit_width: int, layout: Layout, before: Before, needs_mask: bool):
+def norm_arguments(x: Tensor, ahead: Ahead | None) -> tuple[int, tuple]:
+    """NORM of the kernels, and their arguments from mean_ptr to eps."""
+    if ahead is None:
+        return 0, (x, ) * 5 + (0.0, )
+    weight, bias = (t if t is not None else torch.full_like(ahead.mean, v) for t, v in ((ahead.weight, 1.0), (ahead.bias, 0.0)))
+    residual = x if ahead.residual is None else ahead.residual
+    return 1 if ahead.residual is None else 2, (ahead.mean, ahead.var, weight, bias, residual, ahead.eps)
+
+
+def _forward(x: Tensor, bit_width: int, layout: Layout, before: Before, ahead: Ahead | None, needs_mask: bool):
     samples, outer, channels, inner = layout[:4]
     y = torch.empty_like(x)
     mask = torch.empty_like(x, dtype=torch.bool) if needs_mask else None
     scale, zero_point = (torch.empty(layout.scale_shape, dtype=torch.float32, device=x.device) for _ in range(2))
     n = outer * inner
-    rows, block, warps = _tile(layout)
+    rows, block, warps = _tile(layout, x.element_size())
     tiles = triton.cdiv(channels, rows)
     levels, largest = 2**bit_width - 1, torch.finfo(torch.float32).max
     _, *limits, nan_passes = before.limits(x.dtype)
+    norm, norms = norm_arguments(x, ahead)
     _granq[(samples * tiles, )](
-        x, y, mask.view(torch.int8) if needs_mask else x, scale, zero_point, channels, inner, outer * channels * inner,
+        x, y, mask.view(torch.int8) if needs_mask else x, scale, zero_point, *norms, channels, inner, outer * channels * inner,
         channels if inner == 1 and outer > 1 else 1, n, tiles, levels / 2, levels / largest, MIN_RANGE / 2, *limits,
-        torch.finfo(x.dtype).max, nan_passes, CLAMP=clamp_kind(before), MASK=needs_mask, NARROW=x.dtype != torch.float32,
+        torch.finfo(x.dtype).max, nan_passes, NORM=norm, CLAMP=clamp_kind(before), MASK=needs_mask,
+        NARROW=x.dtype != torch.float32,
         FAST=int(os.environ.get("TRITON_INTERPRET") != "1"),  # which does not fuse what is to be fused
         EVEN=n % block == 0 and channels % rows == 0, ROWS=rows, BLOCK=block, ONE_BLOCK=n <= block, num_warps=warps,
         enable_fp_fusion=False)
@@ -210,6 +259,6 @@ def _masked(grad: Tensor, mask: Tensor, scale: None, layout: Layout) -> Tensor:
     return torch.where(mask, grad, 0)
 
 
-def granq(x: Tensor, bit_width: int, layout: Layout, before: Before) -> GranQResult:
+def granq(x: Tensor, bit_width: int, layout: Layout, before: Before, ahead: Ahead | None) -> GranQResult:
     """See :func:`granq_plugin.kernels.granq`."""
-    return gradients.granq(_forward, _masked, x, bit_width, layout, before)
+    return gradients.granq(_forward, _masked, x, bit_width, layout, before, ahead)

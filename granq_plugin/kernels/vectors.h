@@ -136,7 +136,24 @@ inline V rint(V v) {
     return load(lanes);
 }
 
-// What a value goes through before it is quantized (CLAMP: anything at all), and which gradients pass back.
+inline V fma(V a, V b, V c) {
+    W x[L], y[L], z[L];
+    store(x, a), store(y, b), store(z, c);
+    #pragma omp simd
+    for (int j = 0; j < L; j++) x[j] = std::fma(x[j], y[j], z[j]);
+    return load(x);
+}
+inline V rounded(V v) {  // to the type of the tensors
+    if (!HALF) return v;
+    T lanes[L];
+    store(lanes, v);
+    return load(lanes);
+}
+
+// What a value goes through before it is quantized: a clamp (ReLU among it), before that BatchNorm in evaluation mode, and between
+// them the addition of another tensor, if there is one. And which gradients pass back.
+enum Before { NOTHING, CLAMP, NORM };
+
 struct Limits {
     double low, high;     // clamp, ReLU among it
     double above, below;  // the gradient passes strictly between these; NaN: no limit;
@@ -148,12 +165,22 @@ struct Steps {  // of one vector on its way to the range and to the grid
     bool nan;
     explicit Steps(const Limits& l)
         : low(all(W(l.low))), high(all(W(l.high))), above(all(W(l.above))), below(all(W(l.below))), nan(l.nan) {}
-    template <bool CLAMP> inline V clamp(V v) const {
-        if (!CLAMP) return v;
+    template <int B> inline V clamp(V v) const {
+        if (B == NOTHING) return v;
         v = v < low ? low : v;  // NaN stays
         return v > high ? high : v;
     }
     inline uint16_t passes(V v) const { return bits_between<true>(v, above, below) & (nan ? 0xffff : bits_of(v == v)); }
+};
+
+struct Ahead {  // of the clamp: x * alpha + beta for each channel, + residual. Null where there is none
+    const W *alpha, *beta;
+    const T* residual;
+};
+
+template <int B> struct Norm {  // of one vector; what torch's kernels compute, in one rounding
+    V alpha, beta;
+    inline V operator()(V v) const { return B == NORM ? rounded(fma(v, alpha, beta)) : v; }
 };
 
 struct Shape { int64_t samples, outer, channels, inner; };
@@ -168,18 +195,28 @@ template <class F> inline void each_vector(int64_t n, F f) {
     f(n < L ? 0 : n - L, last);
 }
 
-struct Row {  // of n values, to be read in whole vectors
-    T padded[L];
-    const T* x;
-    Row(const T* row, int64_t n) : x(row) {
-        if (n < L) pad(row, n, padded), x = padded;
+template <int B> struct Row {  // of n values, to be read in whole vectors as they are when they are clamped
+    T padded[L], padded_residual[L];
+    const T *x, *residual;
+    Norm<B> norm;
+    Row(const T* values, Ahead ahead, int64_t row, int64_t channels, int64_t n) : x(values + row * n), residual(ahead.residual) {
+        if (n < L) pad(x, n, padded), x = padded;
+        if (B != NORM) return;
+        norm = {all(ahead.alpha[row % channels]), all(ahead.beta[row % channels])};
+        if (!residual) return;
+        residual += row * n;
+        if (n < L) pad(residual, n, padded_residual), residual = padded_residual;
+    }
+    inline V operator()(int64_t i) const {
+        const V v = norm(load(x + i));
+        return B == NORM && residual ? rounded(v + load(residual + i)) : v;
     }
 };
 
-// y = f(vector, its number) for every vector of a row
-template <class F> inline void map_row(const T* x, T* y, int64_t n, F f) {
-    if (n < L) return store_part(y, n, f(load_part(x, n), int64_t(0)));
-    each_vector(n, [&](int64_t i, int64_t k) { store(y + i, f(load(x + i), k)); });
+// y = f(where a vector begins, its number) for every vector of a row
+template <class F> inline void write_row(T* y, int64_t n, F f) {
+    if (n < L) return store_part(y, n, f(int64_t(0), int64_t(0)));
+    each_vector(n, [&](int64_t i, int64_t k) { store(y + i, f(i, k)); });
 }
 
 // One vector of channels; the last, too, overlaps the one before. WIDE: there are 16 channels or more, as is known at compile time.
@@ -189,6 +226,14 @@ template <bool WIDE> struct Columns {
     template <class U> inline V read(const U* x) const { return WIDE || __builtin_expect(channels >= L, 1) ? load(x + at) : load_part(x, channels); }
     template <class U> inline void write(U* y, V v) const {
         WIDE || __builtin_expect(channels >= L, 1) ? store(y + at, v) : store_part(y, channels, v);
+    }
+    template <int B> inline Norm<B> norm(Ahead ahead) const {
+        return B == NORM ? Norm<B>{read(ahead.alpha), read(ahead.beta)} : Norm<B>{};
+    }
+    // values, from offset on, as they are when they are clamped
+    template <int B> inline V read(const T* x, Ahead ahead, int64_t offset, const Norm<B>& norm) const {
+        const V v = norm(read(x + offset));
+        return B == NORM && ahead.residual ? rounded(v + read(ahead.residual + offset)) : v;
     }
 };
 

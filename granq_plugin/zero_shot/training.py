@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from granq_plugin.core.static import StaticGranQ
+from granq_plugin.fusion import fuse_batch_norm
 from granq_plugin.zero_shot import parallel
 from granq_plugin.zero_shot.augmentation import random_crop_flip, random_gain
 from granq_plugin.zero_shot.config import ZeroShotConfig
@@ -61,11 +62,11 @@ class Training:
             self.generator.parameters(), config.generator_lr, config.betas)
         if images is not None:
             self._fill(images, teacher)
-        self._compiled = [self.observed, self.student, self.generator]
+        self._compiled = [self.observed, fuse_batch_norm(student.eval()), self.generator]
         self._recorded: dict[str, RecordedStep] = {}
         if config.compile == "default":
             torch._functorch.config.donated_buffer = False  # the student's graph is walked twice
-            self._compiled = [None if m is None else torch.compile(m) for m in self._compiled]
+            self._compiled = [None if m is None else torch.compile(m) for m in (self.observed, student, self.generator)]
         if state is not None:
             self._load(state)
 

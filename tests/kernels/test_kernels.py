@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import oracles
 from granq_plugin import GranQActPerChannel, GranQActPerChannelStatic, kernels
 from granq_plugin import functional as GF
-from granq_plugin.kernels import Before, native
+from granq_plugin.kernels import Ahead, Before, native
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 BEFORE = st.sampled_from([
@@ -107,6 +107,77 @@ class TestCompiled:
             assert integers.dtype == (torch.int8 if signed else torch.uint8)
             value = kernels.affine_quantize(x, scale, zero_point, limits, 1, before)
             oracles.assert_equal(((integers - zero_point) * scale).to(x.dtype), value)
+
+    @given(tensors([torch.float32, torch.bfloat16, torch.float16]), oracles.BIT_WIDTHS, BEFORE, st.booleans(), st.booleans(),
+           st.sampled_from([None, (1, 14)]))
+    @settings(max_examples=150)
+    def test_batch_norm_and_addition_ahead(self, drawn, bit_width, before, affine, residual, static):
+        """Values, scales and the gradients of input, weight, bias and residual are those of torch's operations, bit for bit."""
+        x, incoming = drawn
+        if x.dim() < 3:
+            return
+        channels = x.shape[1]
+        mean, var, *affine_parameters = torch.randn(4 if affine else 2, channels)
+        others = (*affine_parameters, *([torch.randn_like(x)] if residual else []))
+
+        def function(step):
+            def run(x, *others):
+                weight, bias = others[:2] if affine else (None, None)
+                ahead = Ahead(mean, var.square() + 0.1, weight, bias, 1e-5, others[-1] if residual else None)
+                return step(x, ahead)
+            return run
+
+        if static is None:
+            fused = function(lambda x, ahead: kernels.granq(x, bit_width, 1, before, ahead))
+            eager = function(lambda x, ahead: GF.granq(before.apply(ahead.apply(x)), bit_width))
+        else:
+            ends = torch.randn(2, 1, channels, *[1] * (x.dim() - 2)).sort(0).values
+            scale, zero_point = GF.affine_params(*ends, 4, False)
+            fused = function(lambda x, ahead: kernels.affine_quantize(x, scale, zero_point, static, 1, before, ahead))
+            eager = function(lambda x, ahead: GF.affine_quantize(before.apply(ahead.apply(x)), scale, zero_point, static))
+        compare(fused, eager, (x, *others), incoming)
+        with torch.no_grad():
+            first = [r[0] if isinstance(r, tuple) else r for r in (fused(x, *others), eager(x, *others))]
+            assert_same_bits(*first)
+
+    def test_what_batch_norm_ahead_falls_back_to(self, monkeypatch):
+        """The operations of torch: of other layouts and types, without a kernel, where torch's BatchNorm has other bits."""
+        def same(x, ahead):
+            oracles.assert_equal(kernels.granq(x, 3, 1, Before(relu=True), ahead).value, GF.granq(ahead.apply(x).relu(), 3).value)
+
+        x = torch.randn(2, 3, 8, 8)
+        ahead = Ahead(torch.randn(3), torch.rand(3) + 0.1, torch.randn(3), torch.randn(3), 1e-5)
+        assert kernels._is_fused(x, 1, ahead) and kernels._is_fused(x, -3, ahead)
+        transposed, double = x.transpose(2, 3).contiguous().transpose(2, 3), Ahead(*(t.double() for t in ahead[:4]), 1e-5)
+        for y, other in ((x, ahead._replace(residual=transposed)), (x, ahead._replace(residual=torch.randn(1))),
+                         (x[..., ::2], ahead), (x.double(), double), (x, ahead._replace(weight=torch.randn(6)[::2])),
+                         (x, ahead._replace(residual=x.double()))):
+            assert not kernels._is_fused(y, 1, other)
+            same(y, other)
+        scale, zero_point = torch.full((1, ), 0.1), torch.zeros(1)
+        oracles.assert_equal(kernels.affine_quantize(x, scale, zero_point, (0, 7), 1, Before(), ahead),
+                             GF.affine_quantize(ahead.apply(x), scale, zero_point, (0, 7)))
+        monkeypatch.setattr(kernels, "_computes_batch_norm", lambda *a: False)
+        assert not kernels._is_fused(x, 1, ahead)
+        monkeypatch.undo()
+        monkeypatch.setenv("GRANQ_KERNEL", "eager")
+        assert not kernels._is_fused(x, 1, ahead)
+        same(x, ahead)
+
+    def test_a_batch_norm_of_other_bits_is_found_out(self, monkeypatch):
+        """One unit in the last place of every fourth output is enough."""
+        apply = Ahead.apply
+
+        def off(self, x):
+            y = apply(self, x)
+            return torch.where(torch.arange(y.numel()).view_as(y) % 4 == 0, torch.nextafter(y, y + 1), y)
+
+        monkeypatch.setattr(Ahead, "apply", off)
+        kernels._computes_batch_norm.cache_clear()
+        try:
+            assert not kernels._computes_batch_norm(torch.float32, torch.contiguous_format)
+        finally:
+            kernels._computes_batch_norm.cache_clear()
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("n", [17, 64, 300])
@@ -315,6 +386,45 @@ print(len(cases))
 """
 
 
+_TRITON_AHEAD = """
+import torch
+from granq_plugin import functional as GF, kernels
+import oracles
+from granq_plugin.kernels import Ahead, Before, triton_frozen, triton_kernel
+torch.manual_seed(0)
+triton_kernel.LONGEST_ROW, triton_kernel._TILE, triton_frozen._TILE, triton_frozen._BLOCKS = 64, 32, 32, (32, 16)
+cl, count = torch.channels_last, 0
+before = Before(True, None, 2.0)
+for shape, memory_format in (((2, 3, 5, 5), None), ((1, 33, 3, 5), cl), ((1, 2, 9, 10), None), ((2, 5, 9, 10), cl)):
+    for dtype in (torch.float32, torch.bfloat16):
+        for residual in (False, True):
+            for affine in (False, True):
+                x, r, incoming = (torch.randn(shape).to(dtype).contiguous(memory_format=memory_format or torch.contiguous_format)
+                                  for _ in range(3))
+                # powers of two, so that BatchNorm is exact in whatever order it is computed
+                mean, bias = torch.randint(-3, 4, (2, shape[1])) / 4
+                weight = 2.0 ** torch.randint(-2, 3, (shape[1], )) * torch.tensor([1.0, -1.0])[torch.randint(2, (shape[1], ))]
+                var = 4.0 ** torch.randint(-1, 2, (shape[1], ))
+                ends = torch.rand(1, shape[1], 1, 1)
+                scale, zero_point = GF.affine_params(-ends, 3 * ends, 3, False)
+                results = []
+                for fused in (True, False):
+                    leaves = [x.clone().requires_grad_()] + [t.clone().requires_grad_() for t in (weight, bias) if affine]
+                    ahead = Ahead(mean, var, *(leaves[1:] if affine else (None, None)), 1e-30, r if residual else None)
+                    if fused:
+                        a = kernels.granq(leaves[0], 4, 1, before, ahead)
+                        b = kernels.affine_quantize(leaves[0], scale, zero_point, (0, 7), 1, before, ahead)
+                    else:
+                        a = GF.granq(before.apply(ahead.apply(leaves[0])), 4)
+                        b = GF.affine_quantize(before.apply(ahead.apply(leaves[0])), scale, zero_point, (0, 7))
+                    results.append([*a, b, *torch.autograd.grad(a.value, leaves, incoming), *torch.autograd.grad(b, leaves, incoming)])
+                for p, q in zip(*results):
+                    oracles.assert_equal(p, q)
+                count += 1
+print(count)
+"""
+
+
 @pytest.fixture
 def interpreter():
     pytest.importorskip("triton", "3.5", reason="Triton 3.5 is not installed (older interpreters fail on numpy 2.4)")
@@ -323,6 +433,11 @@ def interpreter():
 def test_triton_in_its_interpreter(interpreter):
     """Rows on chip and in two passes, channels_last, rows of a matrix, all dtypes, NaN and Inf: equal to torch's operations."""
     assert run_python(_TRITON, TRITON_INTERPRET="1", GRANQ_KERNEL="triton").split()[-1] == "27"
+
+
+def test_triton_of_a_batch_norm_ahead_in_its_interpreter(interpreter):
+    """With and without an addition, weight and bias; long rows, channels_last, rounding to half precision; gradients."""
+    assert run_python(_TRITON_AHEAD, TRITON_INTERPRET="1", GRANQ_KERNEL="triton").split()[-1] == "32"
 
 
 _TRITON_FROZEN = """
@@ -366,7 +481,8 @@ def test_triton_of_frozen_ranges_in_its_interpreter(interpreter):
 
 
 @pytest.mark.parametrize("which, option", [(w, o) for w in ("dynamic", "frozen", "backward") for o in (False, True)])
-def test_triton_compiles_for_a_gpu_without_fused_operations(which, option):
+@pytest.mark.parametrize("norm", [0, 2])
+def test_triton_compiles_for_a_gpu_without_fused_operations(which, option, norm):
     """To PTX, which needs no GPU: divisions round correctly and nothing is contracted but what is meant to be."""
     triton = pytest.importorskip("triton", reason="triton is not installed")
     from triton.backends.compiler import GPUTarget
@@ -375,17 +491,27 @@ def test_triton_compiles_for_a_gpu_without_fused_operations(which, option):
     from granq_plugin.kernels import triton_frozen, triton_kernel
     integers = ("channels", "row_stride", "sample_stride", "step", "n", "tiles", "nan_passes", "rows", "columns")
     kernel = {"dynamic": triton_kernel._granq, "frozen": triton_frozen._frozen, "backward": triton_frozen._frozen_backward}[which]
-    constants = dict(CLAMP=2, MASK=True, NARROW=False, FAST=1, EVEN=option, ROWS=4, BLOCK=1024, ONE_BLOCK=True,
+    constants = dict(NORM=norm, CLAMP=2, MASK=True, NARROW=False, FAST=1, EVEN=option, ROWS=4, BLOCK=1024, ONE_BLOCK=True,
                      CHANNEL_IS_COLUMN=option)
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else "i32" if name in integers else "*i8" if name == "mask_ptr" else
                  "*fp32" if name.endswith("_ptr") else "fp32" for name in kernel.arg_names}
     ptx = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 80, 32),
                          options=dict(enable_fp_fusion=False)).asm["ptx"]
-    corrections = 4 * 4 * 1024 // 128 if which == "dynamic" else 0  # of quotients; a program has 128 threads
-    flushes = "" if Version(triton.__version__) >= Version("3.6") else ".ftz"  # to 0, what lies below the normal numbers
-    assert f"div.rn{flushes}.f32" in ptx and "div.full" not in ptx
-    assert ptx.count("fma.rn.f32") == ptx.count("fma") == corrections
+    values = 4 * 1024 // 128  # of each of a program's 128 threads
+    meant = 4 * values if which == "dynamic" else 0  # corrections of quotients
+    if "NORM" in constants and norm:
+        meant += values
+        assert f"sqrt.rn{flushes()}.f32" in ptx
+    assert f"div.rn{flushes()}.f32" in ptx and "div.full" not in ptx and "approx" not in ptx
+    count = ptx.count("fma.rn.f32")
+    assert count == ptx.count("fma") and meant <= count <= meant + 4 * values * bool(norm)  # and shifts of channels
+
+
+def flushes() -> str:
+    """To 0, what lies below the normal numbers."""
+    import triton
+    return "" if Version(triton.__version__) >= Version("3.6") else ".ftz"
 
 
 class TestInNetworks:

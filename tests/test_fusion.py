@@ -1,0 +1,258 @@
+"""BatchNorm inside the activation's kernel: the same bits, gradients and networks, and only where nobody looks between."""
+
+import copy
+
+import brevitas.nn as qnn
+import pytest
+import torch
+from torch import nn
+
+import granq_plugin as gq
+import networks
+import oracles
+from granq_plugin import kernels
+from granq_plugin.core.static import StaticGranQ
+from granq_plugin.fusion import BatchNormAct, fuse_batch_norm
+from granq_plugin.zero_shot import preset, training, zero_shot_qat
+
+ACT_QUANTS = [gq.GranQActPerChannel, gq.GranQActPerChannelStatic, gq.GranQActPerChannelStatic.let(learned_scale=True)]
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """Shapes that were quantized with a BatchNorm ahead, and whether something was added."""
+    calls, is_fused = [], kernels._is_fused
+
+    def spy(x, channel_axis, ahead):
+        answer = is_fused(x, channel_axis, ahead)
+        calls.append((tuple(x.shape), ahead.residual is not None, answer))
+        return answer
+
+    monkeypatch.setattr(kernels, "_is_fused", spy)
+    return calls
+
+
+def quantized(model, act_quant=gq.GranQActPerChannel):
+    """With frozen ranges, if they are static."""
+    student = gq.quantize(oracles.randomize_batch_norm(model).eval(), 3, 3, act_quant=act_quant)
+    if act_quant is not gq.GranQActPerChannel:
+        acts = [m for m in student.modules() if isinstance(m, StaticGranQ)]
+        for m in acts:
+            m.train()
+        student(torch.randn(8, 3, 8, 8))
+        for m in acts:
+            m.init_scale()
+    return student.eval()
+
+
+def layers_of(model):
+    return [m for m in model.modules() if isinstance(m, BatchNormAct)]
+
+
+def assert_same_function(student, x):
+    """Outputs and the gradients of input and parameters, bit for bit."""
+    results, incoming = [], torch.randn_like(student(x))
+    for model in (student, fuse_batch_norm(student)):
+        leaf = x.clone().requires_grad_()
+        y = model(leaf)
+        params = [p for p in student.parameters() if p.numel() and p.requires_grad]
+        results.append([y, *torch.autograd.grad(y, [leaf, *params], incoming, allow_unused=True)])
+    for a, b in zip(*results):
+        assert (a is None) == (b is None)
+        if a is not None:
+            oracles.assert_equal(a, b)
+    with torch.no_grad():
+        oracles.assert_equal(student(x), fuse_batch_norm(student)(x))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("act_quant", ACT_QUANTS)
+def test_same_bits_in_a_network_with_residuals(fused_calls, act_quant, memory_format):
+    student = quantized(networks.teacher_network(), act_quant)
+    x = torch.randn(5, 3, 8, 8).contiguous(memory_format=memory_format)
+    assert len(layers_of(fuse_batch_norm(student))) == 3
+    assert_same_function(student, x)
+    if act_quant is not ACT_QUANTS[2]:
+        assert {(residual, fused) for _, residual, fused in fused_calls} == {(False, True), (True, True)}
+
+
+def test_every_batch_norm_of_resnet20_and_most_of_mobilenet():
+    import zoo
+    student = gq.quantize(zoo.get_card("resnet20_cifar10").build(), 4, 4).eval()
+    assert len(layers_of(fuse_batch_norm(student))) == 19
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+    for name, count in (("resnet18", 17), ("mobilenet_v2", 35)):
+        student = gq.quantize(getattr(torchvision.models, name)().eval(), 4, 4)
+        fused = fuse_batch_norm(student)
+        assert len(layers_of(fused)) == count
+        x = torch.randn(1, 3, 64, 64)
+        with torch.no_grad():
+            oracles.assert_equal(fused(x), student(x))
+        assert not layers_of(student)
+
+
+class Sums(nn.Module):
+    """Additions of every form: fused where the BatchNorm's output is read by nobody else."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.conv, self.norm, self.relu, self.form = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), form
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        if self.form == "add":
+            return self.relu(y + x)
+        if self.form == "other":
+            return self.relu(x.add(y))
+        if self.form == "in place":
+            y += x
+            return self.relu(y)
+        if self.form == "into the other":
+            x = x * 1
+            x += y
+            return self.relu(x) + x
+        if self.form == "read again":
+            return self.relu(y + x) + y
+        if self.form == "sum read again":
+            y = y + x
+            return self.relu(y) + y
+        if self.form == "alpha":
+            return self.relu(torch.add(y, x, alpha=2))
+        if self.form == "constant":
+            return self.relu(y + 1)
+        if self.form == "broadcast":
+            return self.relu(y + x.mean(1, keepdim=True))
+        if self.form == "two norms":
+            return self.relu(y + self.norm(x))
+        return self.relu(self.norm(x))
+
+
+@pytest.mark.parametrize("form, count", [
+    ("add", 1), ("other", 1), ("in place", 1), ("into the other", 0), ("read again", 0), ("sum read again", 0), ("alpha", 0),
+    ("constant", 0), ("broadcast", 1), ("two norms", 1), ("no sum", 1)])
+def test_sums(form, count):
+    student = quantized(Sums(form))
+    fused = fuse_batch_norm(student)
+    assert len(layers_of(fused)) == count and (fused is student) == (not count)
+    assert_same_function(student, torch.randn(2, 3, 5, 5))
+
+
+def net(act_quant=gq.GranQActPerChannel, **options):
+    torch.manual_seed(0)
+    return oracles.randomize_batch_norm(nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), qnn.QuantReLU(act_quant, bit_width=3, **options))).eval()
+
+
+class TestWhoeverLooksBetween:
+    """sees what there was: fused or not, the answer is the same."""
+
+    x = torch.randn(2, 3, 6, 6)
+
+    def check(self, model, fused_calls, fuses, whole=None):
+        expected = model(self.x)
+        fused_calls.clear()
+        oracles.assert_equal((whole or fuse_batch_norm(model))(self.x), expected)
+        assert bool(fused_calls) == fuses
+
+    def test_hooks(self, fused_calls):
+        self.check(net(), fused_calls, True)
+        seen = []
+        for pick in (lambda m: m[1], lambda m: m[2], lambda m: m[2].act_quant,
+                     lambda m: m[2].act_quant.fused_activation_quant_proxy,
+                     lambda m: m[2].act_quant.fused_activation_quant_proxy.tensor_quant):
+            model = net()
+            whole = fuse_batch_norm(model)
+            expected = model[1](model[0](self.x))
+            handle = pick(model).register_forward_hook(lambda m, a, y: seen.append(a[0] if m is not model[1] else y))  # noqa: B023
+            self.check(model, fused_calls, False, whole)
+            oracles.assert_equal(seen.pop().relu(), expected.relu())
+            handle.remove()
+            self.check(model, fused_calls, True, whole)
+
+    def test_hooks_of_what_is_traced_through(self):
+        model = nn.Sequential(net())
+        model[0].register_forward_hook(lambda m, a, y: None)
+        assert fuse_batch_norm(model) is model
+
+    def test_training_mode(self):
+        model, twin = net(), net()
+        whole = fuse_batch_norm(model)
+        whole.train()
+        oracles.assert_equal(whole(self.x), twin.train()(self.x))
+        oracles.assert_equal(model[1].running_mean, twin[1].running_mean)
+        assert not torch.equal(model[1].running_mean, net()[1].running_mean)
+
+    def test_quantization_disabled(self, fused_calls):
+        model = net()
+        whole = fuse_batch_norm(model)
+        model[2].act_quant.disable_quant = True
+        self.check(model, fused_calls, False, whole)
+
+    def test_check_finite_clamps_and_identities(self, fused_calls):
+        self.check(net(gq.GranQActPerChannel.let(check_finite=True)), fused_calls, False)
+        self.check(net(max_val=0.7), fused_calls, True)
+        model = net()
+        model[2] = qnn.QuantIdentity(gq.GranQActPerChannel, bit_width=3)
+        self.check(model, fused_calls, True)
+        model[2] = qnn.QuantReLU(gq.GranQActPerChannel, bit_width=3, return_quant_tensor=True)
+        fused, own = fuse_batch_norm(model)(self.x), model(self.x)
+        oracles.assert_equal(fused.value, own.value)
+        oracles.assert_equal(fused.scale, own.scale)
+
+    def test_ranges_that_are_still_collected(self):
+        results = []
+        for fuse in (fuse_batch_norm, lambda m: m):
+            model = net(gq.GranQActPerChannelStatic, collect_stats_steps=2)
+            model[2].train()
+            results.append([fuse(model)(x) for x in (self.x, 2 * self.x, 3 * self.x)])
+        for a, b in zip(*results):
+            oracles.assert_equal(a, b)
+
+    def test_stock_quantizers_and_other_layers(self):
+        for model in (nn.Sequential(nn.BatchNorm2d(3), qnn.QuantReLU(bit_width=3)), nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()),
+                      nn.Sequential(nn.InstanceNorm2d(3), qnn.QuantReLU(gq.GranQActPerChannel, bit_width=3)), nn.ReLU()):
+            assert fuse_batch_norm(model.eval()) is model
+
+    def test_batch_statistics_in_evaluation(self, fused_calls):
+        model = net()
+        model[1] = nn.BatchNorm2d(4, track_running_stats=False).eval()
+        self.check(model, fused_calls, False)
+
+    def test_what_cannot_be_traced(self):
+        class Branches(nn.Sequential):
+            def forward(self, x):
+                return super().forward(x) if x.sum() > 0 else x
+
+        class Draws(nn.Sequential):
+            def forward(self, x):
+                return super().forward(x) + torch.rand(1)
+
+        for kind in (Branches, Draws):
+            model = kind(*net())
+            assert fuse_batch_norm(model) is model
+
+    def test_a_failure_leaves_nothing_behind(self):
+        model = net()
+        whole = fuse_batch_norm(model)
+        with pytest.raises(RuntimeError):
+            layers_of(whole)[0](torch.randn(2, 7, 3, 3))
+        oracles.assert_equal(model(self.x), net()(self.x))
+
+
+@pytest.mark.parametrize("settings", [{}, dict(feature_loss="features", memory_size=24, replay_steps=1, bf16=True)])
+def test_training_is_the_same(monkeypatch, fused_calls, settings):
+    """To the last bit; BatchNorm outputs that are distilled are not hidden in a kernel."""
+    config = preset("cifar10", image_size=8, batch_size=6, epochs=2, iterations=3, warmup_epochs=1, **settings)
+    runs = []
+    for fuses in (True, False):
+        if not fuses:
+            monkeypatch.setattr(training, "fuse_batch_norm", lambda m: m)
+        torch.manual_seed(0)
+        teacher = networks.teacher_network()
+        student = gq.quantize(copy.deepcopy(teacher), 3, 3)
+        runs.append(zero_shot_qat(student, teacher, config).student.state_dict())
+        assert bool(fused_calls) == (fuses and not settings)
+        fused_calls.clear()
+    assert runs[0].keys() == runs[1].keys()
+    for a, b in zip(runs[0].values(), runs[1].values()):
+        oracles.assert_equal(a, b)
