@@ -20,8 +20,8 @@ __all__ = ["PHASES", "Clock", "our_phases", "published_phases"]
 
 PHASES = ("generator forward", "teacher forward", "student forward", "losses", "teacher backward", "student backward",
           "generator backward", "optimizers", "quantizers", "BatchNorm and statistics")
-"""Disjoint, but for the last two: quantizers (of weights and activations) are part of the student forward, the teacher's BatchNorm
-layers with their batch statistics of the teacher forward."""
+"""Disjoint, but for the last two: quantizers (of weights and activations, with the BatchNorm that they compute) are part of the
+student forward, the teacher's BatchNorm layers with their batch statistics of the teacher forward."""
 
 
 class Clock:
@@ -96,9 +96,9 @@ def published_phases(loop: published_loop.PublishedLoop, noise: Tensor, labels: 
 
 def our_phases(training: Training, noise: Tensor, labels: Tensor, clock: Clock) -> tuple[list[Tensor], list[Tensor]]:
     """One iteration of ours; returns the gradients of generator and student."""
-    config, generator, observed, student = training.config, training.generator, training.observed, training.student
-    params = list(student.parameters())
-    with _timed_quantizers(student, clock):
+    config, (observed, student, generator) = training.config, training.networks
+    params = list(training.student.parameters())
+    with _timed_quantizers(training.student, clock):
         with clock("generator forward"):
             images = generator(noise, labels)
         for_teacher, for_student = _leaf(images), _leaf(images)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import oracles
 import zoo
 from benchmarks import (
     ablation,
@@ -16,6 +17,8 @@ from benchmarks import (
     evaluate,
     export,
     finn_plus,
+    fusion,
+    gpu_bytes,
     headline,
     quantizer,
     quantizer_gpu,
@@ -107,6 +110,50 @@ def test_the_quantizer_table_of_the_gpu_has_what_was_measured():
     assert "| GranQ, dynamic | 1.25 | 1.00 |" in text
     assert "| | forward, graph | forward, from Python | forward+backward, graph | forward+backward, from Python |" in text
     assert "0.0200 to 0.0300 ns (largest / smallest 1.50" in text
+
+
+def test_the_table_of_bytes_is_the_committed_csv_s():
+    assert readme.current_table(gpu_bytes.MARKER) == gpu_bytes.tables()
+    rows = {(r["shape"], r["memory_format"], r["method"]): float(r["ratio_to_clone"]) for r in gpu_bytes.read(
+        gpu_bytes.RESULTS / "gpu_bytes.csv")}
+    assert len(rows) == len(gpu_bytes.SHAPES) * len(gpu_bytes.FORMATS) * len(gpu_bytes.NAMES)
+    for (shape, memory_format, method), ratio in rows.items():
+        if method == "published":
+            assert ratio >= 3 * rows[shape, memory_format, "granq"]
+
+
+def test_bytes_of_operations_are_counted(monkeypatch):
+    """By hand: views and empty tensors move nothing, a tensor that is read twice by one operation is read once."""
+    x = torch.randn(2, 3, 4, 4)
+    for function, reads, writes in (
+            (lambda x: x.view(6, 16).t().unsqueeze(0), 0, 0), (torch.clone, 1, 1), (lambda x: x * x, 1, 1), (lambda x: x + 1, 1, 1),
+            (lambda x: torch.empty_like(x), 0, 0), (lambda x: x.clone().relu_(), 2, 2), (lambda x: x > 0, 1, 0.25),
+            (lambda x: x[:1] + x[1:], 1, 0.5), (lambda x: x.relu() + x, 3, 2),
+            (lambda x: x + x[:, :1, :1, :1].expand_as(x), 2, 1)):
+        assert gpu_bytes.moved(function, x) == (reads, writes)
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setenv("GRANQ_KERNEL", "eager")
+    rows = {r["method"]: r for r in gpu_bytes.measure((64, 4, 8, 8), "channels_last")}
+    assert (rows["granq"]["reads"], rows["sum_fused"]["reads"], rows["sum_separate"]["reads"]) == ("1.00", "2.00", "4.03")
+    rows = {r["method"]: r for r in gpu_bytes.measure((64, 4, 96, 96), "channels_last")}
+    assert (rows["granq"]["reads"], rows["granq"]["ratio_to_clone"]) == ("2.00", "1.500")
+
+
+def test_the_fusion_table_is_the_committed_csv_s():
+    rows = fusion.read_rows()
+    assert readme.current_table(fusion.MARKER) == fusion.table(rows)
+    assert len(rows) == 2 * len(fusion.FORMATS) * len(fusion.MODES) * len(fusion.LABELS)
+
+
+@pytest.mark.parametrize("memory_format", fusion.FORMATS)
+@pytest.mark.parametrize("mode", fusion.MODES)
+def test_the_ways_that_are_compared_compute_the_same(memory_format, mode):
+    results = {name: f() for name, f in fusion.functions((2, 5, 6, 7), memory_format, mode).items()}
+    assert set(results) == set(fusion.LABELS)
+    for kind in ("norm", "sum"):
+        a, b = results[f"{kind}_separate"], results[f"{kind}_fused"]
+        for p, q in zip(*((a, b) if mode != "forward" else ([a], [b]))):
+            oracles.assert_equal(p, q)
 
 
 def test_recipe_times_whole_iterations():

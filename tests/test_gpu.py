@@ -12,7 +12,7 @@ import oracles
 from benchmarks import published_loop
 from granq_plugin import functional as GF
 from granq_plugin import kernels
-from granq_plugin.kernels import Before
+from granq_plugin.kernels import Ahead, Before
 from granq_plugin.zero_shot import Generator, preset, zero_shot_qat
 from granq_plugin.zero_shot.step import ObservedTeacher, generator_step
 from granq_plugin.zero_shot.training import Training
@@ -82,6 +82,46 @@ def test_frozen_kernel_is_exact(values, before, axis):
         oracles.assert_equal(actual.cpu(), expected.cpu())
         expected.backward(incoming.to(leaf.device))
         oracles.assert_equal(a.grad.cpu(), leaf.grad.cpu())
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("size", [7, 56, 90])
+def test_batch_norm_ahead(size, residual, dtype, memory_format):
+    """Scales are torch's to the last places of a BatchNorm, values to a level, gradients where no value crosses 0."""
+    torch.manual_seed(0)
+    x, r, incoming = (torch.randn(3, 33, size, size, device="cuda").to(dtype).contiguous(memory_format=memory_format)
+                      for _ in range(3))
+    mean, var, weight, bias = torch.randn(4, 33, device="cuda")
+    results = []
+    for fused in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias, r)[:3 + residual]]
+        ahead = Ahead(mean, var.square() + 0.1, *leaves[1:3], 1e-5, leaves[3] if residual else None)
+        assert kernels._is_fused(leaves[0], 1, ahead)
+        y = (kernels.granq(leaves[0], 4, 1, Before(relu=True), ahead) if fused
+             else GF.granq(ahead.apply(leaves[0]).relu(), 4))
+        results.append((y, torch.autograd.grad(y.value, leaves, incoming)))
+    (a, grads), (b, expected) = results
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(a.scale, b.scale, rtol=4 * eps, atol=0)
+    assert ((a.value - b.value).abs() <= 1.1 * b.scale + 4 * eps * b.value.abs()).all()
+    assert ((a.value - b.value).abs() > b.scale / 2).float().mean() < (1e-4 if dtype == torch.float32 else 0.05)
+    for g, e in zip(grads, expected):
+        assert float((g - e).float().norm()) <= 0.05 * float(e.float().norm()) + 1e-6
+
+
+@pytest.mark.parametrize("act_quant", [gq.GranQActPerChannel, gq.GranQActPerChannelStatic])
+def test_a_network_with_fused_batch_norms(act_quant):
+    student = gq.quantize(teacher_network(), 4, 4, act_quant=act_quant).cuda()
+    x = torch.randn(64, 3, 8, 8, device="cuda")
+    student(x)
+    student.eval()
+    fused = gq.fuse_batch_norm(student)
+    assert fused is not student
+    with torch.no_grad():
+        a, b = fused(x), student(x)
+    assert float((a - b).norm()) <= 0.02 * float(b.norm())
 
 
 @pytest.mark.parametrize("act_quant", [gq.GranQActPerChannel, gq.GranQActPerChannelStatic])

@@ -17,7 +17,7 @@ from granq_plugin.functional import MIN_RANGE, GranQResult
 from granq_plugin.kernels import gradients
 from granq_plugin.kernels.layout import Ahead, Before, Layout
 
-__all__ = ["LONGEST_ROW", "granq"]
+__all__ = ["LONGEST_ROW", "granq", "reads"]
 
 LONGEST_ROW = 16384
 _TILE = 512  # values of a program, where rows are short
@@ -222,6 +222,11 @@ def _tile(layout: Layout, item_size: int) -> tuple[int, int, int]:
     block = block if n <= LONGEST_ROW else LONGEST_ROW // 2
     rows = min(max(1, _TILE // block), channels)
     return rows, block, max(1, min(16, rows * block // 512))
+
+
+def reads(layout: Layout, item_size: int) -> int:
+    """How often the kernel reads every value: 1 where a row stays on chip, 2 where it does not."""
+    return 1 if layout.outer * layout.inner <= _tile(layout, item_size)[1] else 2
 
 
 def norm_arguments(x: Tensor, ahead: Ahead | None) -> tuple[int, tuple]:

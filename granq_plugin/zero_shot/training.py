@@ -26,6 +26,10 @@ __all__ = ["Training", "learned_scales"]
 class Training:
     """Everything that a checkpoint holds; networks are trained in place.
 
+    Attributes:
+        networks: the observed teacher, the student and the generator (or None) as they run: fused or compiled, with the parameters
+            of the plain ones.
+
     Args:
         student, teacher, config, images: see :func:`granq_plugin.zero_shot.zero_shot_qat`; the teacher is frozen and in
             evaluation mode.
@@ -62,11 +66,11 @@ class Training:
             self.generator.parameters(), config.generator_lr, config.betas)
         if images is not None:
             self._fill(images, teacher)
-        self._compiled = [self.observed, fuse_batch_norm(student.eval()), self.generator]
+        self.networks = [self.observed, fuse_batch_norm(student.eval()), self.generator]
         self._recorded: dict[str, RecordedStep] = {}
         if config.compile == "default":
             torch._functorch.config.donated_buffer = False  # the student's graph is walked twice
-            self._compiled = [None if m is None else torch.compile(m) for m in (self.observed, student, self.generator)]
+            self.networks = [None if m is None else torch.compile(m) for m in (self.observed, student, self.generator)]
         if state is not None:
             self._load(state)
 
@@ -104,7 +108,7 @@ class Training:
         student_params = self._student_params() if trains_student else []
 
         def step(z: Tensor, y: Tensor) -> StepResult:
-            teacher, student, generator = self._compiled
+            teacher, student, generator = self.networks
             return generator_step(teacher, student, generator, z, y, params, student_params, config, self.features)
 
         results = []
@@ -141,7 +145,7 @@ class Training:
     def _student_step(self, images: Tensor, teacher_logits: Tensor | None, params: list[nn.Parameter]) -> StepResult:
         """Without their logits, the teacher answers to the images first."""
         def step(x: Tensor, t: Tensor | None = None) -> StepResult:
-            return student_step(self._compiled[1], x, t, params, self.config, self.features, self.teacher)
+            return student_step(self.networks[1], x, t, params, self.config, self.features, self.teacher)
 
         if teacher_logits is None:
             return self._run("teacher and student", step, images)
