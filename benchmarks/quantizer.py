@@ -113,7 +113,15 @@ def methods(channels: int, device: str = "cpu") -> dict[str, Callable]:
     return found
 
 
-def in_turns(functions: dict[str, Callable], seconds: float, least: int = 5) -> dict[str, list[float]]:
+def wall_clock(f: Callable) -> float:
+    """Milliseconds of a call."""
+    begin = time.perf_counter()
+    f()
+    return 1000 * (time.perf_counter() - begin)
+
+
+def in_turns(functions: dict[str, Callable], seconds: float, least: int = 5,
+             clock: Callable[[Callable], float] = wall_clock) -> dict[str, list[float]]:
     """Milliseconds of each function, round after round; what would keep the others from 20 rounds runs in ``least`` alone."""
     for f in functions.values():
         f()
@@ -124,9 +132,7 @@ def in_turns(functions: dict[str, Callable], seconds: float, least: int = 5) -> 
         for name, f in functions.items():
             if len(times[name]) >= least and statistics.median(times[name]) > 1000 * seconds / len(functions) / 20:
                 continue
-            begin = time.perf_counter()
-            f()
-            times[name].append(1000 * (time.perf_counter() - begin))
+            times[name].append(clock(f))
     return times
 
 

@@ -10,13 +10,12 @@ alone. All methods take turns, round after round, in one process; medians and qu
 
 import math
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 
-from benchmarks.quantizer import LABELS, MODES, methods
+from benchmarks.quantizer import LABELS, MODES, in_turns, methods
 from benchmarks.readme import replace_table
 from benchmarks.rows import read, write
 
@@ -77,23 +76,15 @@ def recorded(run: Callable[[], None], pool: tuple | None = None) -> Callable[[],
     return step
 
 
-def in_turns(functions: dict[str, Callable], calls: int, seconds: float, least: int = 5) -> dict[str, list[float]]:
-    """Microseconds of each function's calls, by the GPU's clock, round after round."""
+def gpu_clock(f: Callable) -> float:
+    """Milliseconds of a call on the GPU."""
     from torch import cuda
-    for f in functions.values():
-        f()
-    cuda.synchronize()
-    times, start, rounds = {name: [] for name in functions}, time.perf_counter(), 0
-    while rounds < least or time.perf_counter() - start < seconds:
-        rounds += 1
-        for name, f in functions.items():
-            begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
-            begin.record()
-            f()
-            end.record()
-            end.synchronize()
-            times[name].append(1000 * begin.elapsed_time(end) / calls)
-    return times
+    begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+    begin.record()
+    f()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
 
 
 def functions_of(quantizers: dict[str, Callable], tensors: list, mode: str, launch: str) -> dict[str, Callable]:
@@ -114,7 +105,8 @@ def measure_shapes(seconds: float, device: str) -> None:
         for mode in MODES:
             for launch in LAUNCHES:
                 functions = functions_of(methods(shape[1], "cuda"), tensors, mode, launch)
-                times = in_turns(functions, len(tensors), seconds)
+                times = {name: [1000 * t / len(tensors) for t in of_method]
+                         for name, of_method in in_turns(functions, seconds, clock=gpu_clock).items()}
                 floor = statistics.median(times["clone"])
                 for method, of_method in times.items():
                     low, median, high = statistics.quantiles(of_method, n=4)
@@ -137,8 +129,8 @@ def measure_scaling(seconds: float, device: str) -> list[dict]:
         quantizers = {n: q for n, q in methods(channels, "cuda").items() if n in ("clone", "granq")}
         functions |= {(channels, n): f for n, f in functions_of(quantizers, tensors, "forward", "graph").items()}
     return [dict(device=device, channels=channels, megabytes=64, method=method, rounds=len(of_method),
-                 ns_per_value=f"{1e3 * statistics.median(of_method) / 2**24:.5f}")
-            for (channels, method), of_method in in_turns(functions, count, seconds * 4).items()]
+                 ns_per_value=f"{1e6 * statistics.median(of_method) / count / 2**24:.5f}")
+            for (channels, method), of_method in in_turns(functions, seconds * 4, clock=gpu_clock).items()]
 
 
 def measure_memory(device: str) -> list[dict]:

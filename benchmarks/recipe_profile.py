@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks import published_loop
 from granq_plugin.zero_shot import losses, statistics
 from granq_plugin.zero_shot.step import generator_loss
-from granq_plugin.zero_shot.training import Training
+from granq_plugin.zero_shot.training import Training, update_parameters
 
 __all__ = ["PHASES", "Clock", "our_phases", "published_phases"]
 
@@ -121,13 +121,8 @@ def our_phases(training: Training, noise: Tensor, labels: Tensor, clock: Clock) 
         with clock("student backward"):
             student_grads = torch.autograd.grad(output, params, upstream)
         with clock("optimizers"):
-            for optimizer, parameters, grads in (
-                    (training.generator_optimizer, generator.parameters(), generator_grads),
-                    (training.optimizer, params, student_grads)):
-                for p, g in zip(parameters, grads):
-                    p.grad = g
-                optimizer.step()
-                optimizer.zero_grad()
+            update_parameters(training.generator_optimizer, list(generator.parameters()), generator_grads)
+            update_parameters(training.optimizer, params, student_grads)
     return list(generator_grads), list(student_grads)
 
 

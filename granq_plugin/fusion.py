@@ -1,7 +1,8 @@
 """BatchNorm in evaluation mode, and a residual addition, inside the kernel of the GranQ activation behind them."""
 
+import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from brevitas.nn.mixin.base import QuantLayerMixin
@@ -13,8 +14,9 @@ from granq_plugin.core.proxy import GranQActProxy, has_hooks
 from granq_plugin.kernels import Ahead
 from granq_plugin.relus import trace
 
-__all__ = ["BatchNormAct", "fuse_batch_norm"]
+__all__ = ["BatchNormAct", "FusedModel", "fuse_batch_norm"]
 
+_LEAVES = (QuantLayerMixin, _BatchNorm)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _SUMS = (operator.add, torch.add, "add")
 _SUMS_IN_PLACE = (operator.iadd, "add_")
@@ -56,18 +58,39 @@ class BatchNormAct(nn.Module):
                 and not any(map(has_hooks, (norm, act, proxy, proxy.fused_activation_quant_proxy))))
 
 
+class FusedModel(nn.Module):
+    """A model, or its fused graph where that does the same: in the mode in which it was traced, on the required arguments, and
+    while nobody hooks a module that the graph does not call.
+
+    Args:
+        model: the model. graph: its fused trace, on the same modules.
+    """
+
+    def __init__(self, model: nn.Module, graph: fx.GraphModule) -> None:
+        super().__init__()
+        self.model, self.graph = model, graph
+        self._mode = self.training = model.training
+        self._required = sum(p.default is p.empty for p in inspect.signature(model.forward).parameters.values())
+        self._flattened = tuple(_flattened(model))  # a tuple, so that they are not submodules again
+
+    def forward(self, *args, **kwargs):
+        if self.model.training != self._mode or kwargs or len(args) != self._required or any(map(has_hooks, self._flattened)):
+            return self.model(*args, **kwargs)
+        return self.graph(*args)
+
+
 def fuse_batch_norm(model: nn.Module) -> nn.Module:
     """A model that computes the same, bit for bit, in fewer passes over memory: to be run, not to be saved.
 
-    A BatchNorm whose output only a GranQ activation reads is computed inside of the activation's kernel, and so is a residual
-    addition between them. That holds in evaluation mode, with gradients and without; in training mode BatchNorm is what it was.
+    A BatchNorm in evaluation mode whose output only a GranQ activation reads is computed inside of the activation's kernel, and so
+    is a residual addition between them, with gradients and without. On a GPU BatchNorm's last places may differ.
 
     Args:
         model: float or quantized, in the mode in which it will run; it is left as it is and shares its modules with the result.
 
     Returns:
-        A ``torch.fx.GraphModule`` as :func:`granq_plugin.quantize` describes it; or the model itself where there is nothing to
-        fuse, where it cannot be traced, or where tracing would lose hooks or make constants of what is computed anew.
+        A :class:`FusedModel`; or the model itself where there is nothing to fuse, where it cannot be traced, or where tracing would
+        make constants of what is computed anew.
 
     Example:
         >>> import brevitas.nn as qnn
@@ -77,50 +100,57 @@ def fuse_batch_norm(model: nn.Module) -> nn.Module:
         >>> torch.equal(fuse_batch_norm(net)(x), net(x))
         True
     """
-    if any(has_hooks(m) for m in model.modules() if not isinstance(m, QuantLayerMixin) and any(True for _ in m.children())):
+    if not any(map(_is_act, model.modules())) or any(map(has_hooks, _flattened(model))):  # hooks would run as it is traced
         return model
     try:
-        graph_model = trace(model, (QuantLayerMixin, _BatchNorm))
+        graph = trace(model, _LEAVES)
     except Exception:  # tracing runs the user's forward: anything may come out of it
         return model
-    if any(n.op == "get_attr" and n.target.startswith("_tensor_constant") for n in graph_model.graph.nodes):
+    if any(n.op == "get_attr" and n.target.startswith("_tensor_constant") for n in graph.graph.nodes):
         return model
-    nodes = [n for n in graph_model.graph.nodes if n.op == "call_module" and _is_act(graph_model.get_submodule(n.target))]
-    count = sum(_fuse(graph_model, node) for node in nodes)
-    if not count:
+    nodes = [n for n in graph.graph.nodes if n.op == "call_module" and _is_act(graph.get_submodule(n.target))]
+    if not sum(_fuse(graph, node) for node in nodes):
         return model
-    graph_model.graph.lint()
-    graph_model.recompile()
-    return graph_model
+    graph.graph.lint()
+    graph.recompile()
+    return FusedModel(model, graph)
+
+
+def _flattened(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose forwards a trace goes through."""
+    if not (isinstance(module, _LEAVES) or fx.Tracer().is_leaf_module(module, "")):
+        yield module
+        for child in module.children():
+            yield from _flattened(child)
 
 
 def _is_act(module: nn.Module) -> bool:
     return isinstance(module, QuantNonLinearActLayer) and isinstance(module.act_quant, GranQActProxy)
 
 
-def _fuse(graph_model: fx.GraphModule, node: fx.Node) -> bool:
+def _fuse(graph: fx.GraphModule, node: fx.Node) -> bool:
     """Replace the call of an activation, and what is ahead of it, by one of a :class:`BatchNormAct`, if it may be."""
     if len(node.args) != 1 or node.kwargs:
         return False
     before, residual, add = node.args[0], (), operator.add
     if _is_sum(before):
-        at = next((i for i in (0, 1) if _is_norm(before.args[i], graph_model)), None)
+        at = next((i for i in (0, 1) if _is_norm(before.args[i], graph)), None)
         if at is None or len(before.users) > 1 or (at == 1 and before.target in _SUMS_IN_PLACE):
             return False
         add = operator.iadd if before.target in _SUMS_IN_PLACE else add
         before, residual = before.args[at], (before.args[1 - at], )
-    if not _is_norm(before, graph_model) or len(before.users) > 1:
+    if not _is_norm(before, graph) or len(before.users) > 1:
         return False
     name = f"{before.target}_{node.target}".replace(".", "_")
-    while hasattr(graph_model, name):
+    while hasattr(graph, name):
         name += "_"
-    graph_model.add_submodule(name, BatchNormAct(
-        graph_model.get_submodule(before.target), graph_model.get_submodule(node.target), add))
-    with graph_model.graph.inserting_before(node):
-        fused = graph_model.graph.call_module(name, (before.args[0], *residual))
+    graph.add_submodule(name, BatchNormAct(
+        graph.get_submodule(before.target), graph.get_submodule(node.target), add))
+    with graph.graph.inserting_before(node):
+        fused = graph.graph.call_module(name, (before.args[0], *residual))
     node.replace_all_uses_with(fused)
     for replaced in (node, *(n for n in node.all_input_nodes if n is not before), before):
-        graph_model.graph.erase_node(replaced)
+        graph.graph.erase_node(replaced)
     return True
 
 
@@ -130,6 +160,6 @@ def _is_sum(node) -> bool:
             and all(isinstance(a, fx.Node) for a in node.args))
 
 
-def _is_norm(node, graph_model: fx.GraphModule) -> bool:
+def _is_norm(node, graph: fx.GraphModule) -> bool:
     return (isinstance(node, fx.Node) and node.op == "call_module" and len(node.args) == 1 and not node.kwargs
-            and type(graph_model.get_submodule(node.target)) in _BATCH_NORMS)
+            and type(graph.get_submodule(node.target)) in _BATCH_NORMS)

@@ -169,18 +169,49 @@ class TestWhoeverLooksBetween:
             handle.remove()
             self.check(model, fused_calls, True, whole)
 
-    def test_hooks_of_what_is_traced_through(self):
-        model = nn.Sequential(net())
-        model[0].register_forward_hook(lambda m, a, y: None)
-        assert fuse_batch_norm(model) is model
+    def test_hooks_of_what_is_traced_through(self, fused_calls):
+        """Before and after fusing: they are called."""
+        class Own(nn.Module):
+            def forward(self, x):
+                return 2 * x
+
+        for pick in (lambda m: m, lambda m: m[0], lambda m: m[1]):
+            model, seen = nn.Sequential(net(), Own()), []
+            whole = fuse_batch_norm(model)
+            handle = pick(model).register_forward_hook(lambda m, a, y: seen.append(y))  # noqa: B023
+            assert fuse_batch_norm(model) is model
+            self.check(model, fused_calls, False, whole)
+            assert len(seen) == 2
+            handle.remove()
+            self.check(model, fused_calls, True, whole)
 
     def test_training_mode(self):
-        model, twin = net(), net()
+        for switch in (lambda model, whole: whole.train(), lambda model, whole: model.train(),
+                       lambda model, whole: model[1].train()):
+            model, twin = net(), net()
+            whole = fuse_batch_norm(model)
+            switch(model, whole)
+            twin[1].train()
+            oracles.assert_equal(whole(self.x), twin(self.x))
+            oracles.assert_equal(model[1].running_mean, twin[1].running_mean)
+            assert not torch.equal(model[1].running_mean, net()[1].running_mean)
+            whole.eval()
+            assert not any(m.training for m in model.modules())
+
+    def test_branches_of_the_mode_and_optional_arguments(self):
+        class Branches(nn.Sequential):
+            def forward(self, x, factor=None):
+                y = super().forward(x)
+                return (y if factor is None else y * factor) + self.training
+
+        model = Branches(*net())
         whole = fuse_batch_norm(model)
-        whole.train()
-        oracles.assert_equal(whole(self.x), twin.train()(self.x))
-        oracles.assert_equal(model[1].running_mean, twin[1].running_mean)
-        assert not torch.equal(model[1].running_mean, net()[1].running_mean)
+        assert whole is not model
+        assert not torch.equal(whole(self.x), whole(self.x, 2))
+        oracles.assert_equal(whole(self.x, factor=2), model(self.x, 2))
+        model.train()
+        model[1].eval()
+        oracles.assert_equal(whole(self.x), model(self.x))
 
     def test_quantization_disabled(self, fused_calls):
         model = net()

@@ -68,11 +68,11 @@ template <int B, bool MASK>
 void rows(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, Ahead ahead, Shape s, double levels, Limits limits,
           int threads) {
     const int64_t n = s.inner, count = s.samples * s.channels;
+    const Out out(y, s);
     const int64_t fitting = 16384 / int64_t(n * sizeof(T));  // rows of a group stay in the first cache between the two passes
     const int64_t size = fitting < 1 ? 1 : fitting > L ? L : fitting;
-    #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t first = 0; first < count; first += size) {
-        const int64_t group = count - first < size ? count - first : size;
+    in_parallel((count + size - 1) / size, threads, [&](int64_t task) {
+        const int64_t first = task * size, group = count - first < size ? count - first : size;
         const Steps steps(limits);
         V lo[L], hi[L], sums{};
         for (int64_t g = 0; g < L; g++) {
@@ -117,12 +117,12 @@ void rows(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, Ahead ahead
             const Grid own{all(inv_scales[g]), all(offsets[g])};
             const Row<B> row(x, ahead, first + g, s.channels, n);
             const auto quantize = [&](auto on_grid) {
-                write_row(y + (first + g) * n, n, [&](int64_t i, int64_t) { return on_grid(steps.template clamp<B>(row(i))); });
+                write_row(out, first + g, n, [&](int64_t i, int64_t) { return on_grid(steps.template clamp<B>(row(i))); });
             };
             if (Table::serves(n, highest[g], offsets[g])) quantize(Table(own, highest[g]));
             else quantize([&](V v) { return level(integers(v, own), own); });
         }
-    }
+    });
 }
 
 // --- channels_last: 16 channels side by side
@@ -130,7 +130,7 @@ void rows(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, Ahead ahead
 constexpr int BLOCK = 4;  // vectors of 16 channels that are read together: whole cache lines, also of half precision
 
 template <int B, bool MASK, int N>  // N vectors of channels, from one on, of one sample
-void column_block(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, Ahead ahead, int64_t from, int64_t n, int64_t channels,
+void column_block(const T* x, const Out& y, int64_t at, W* scale, W* zero_point, uint16_t* mask, Ahead ahead, int64_t from, int64_t n, int64_t channels,
                   double levels, const Steps& steps) {
     V lo[N], hi[N], sum[N];
     Norm<B> norm[N];
@@ -160,25 +160,27 @@ void column_block(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, Ahe
         span(b).write(scale, 1 / grids[b].inv_scale);
         span(b).write(zero_point, 0 - grids[b].offset);
     }
-    for (int64_t i = 0; i < n; i++)
-        #pragma GCC unroll 4
-        for (int b = 0; b < N; b++) {
-            const V v = span(b).template read<B>(x, ahead, i * channels, norm[b]);
-            span(b).write(y + i * channels, level(integers(steps.template clamp<B>(v), grids[b]), grids[b]));
-        }
+    y.with([&](auto past) {
+        for (int64_t i = 0; i < n; i++)
+            #pragma GCC unroll 4
+            for (int b = 0; b < N; b++) {
+                const V v = steps.template clamp<B>(span(b).template read<B>(x, ahead, i * channels, norm[b]));
+                span(b).template write<past.value>(y, at + i * channels, level(integers(v, grids[b]), grids[b]));
+            }
+    });
 }
 
 template <int B, bool MASK>
 void columns(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, Ahead ahead, Shape s, double levels, Limits limits,
              int threads) {
     const int64_t vectors = vectors_in(s.channels), blocks = (vectors + BLOCK - 1) / BLOCK, n = s.outer;
-    #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t task = 0; task < s.samples * blocks; task++) {
+    const Out out(y, s);
+    in_parallel(s.samples * blocks, threads, [&](int64_t task) {
         const int64_t sample = task / blocks, from = task % blocks * BLOCK, at = sample * n;
         const Steps steps(limits);
         const Ahead of_sample{ahead.alpha, ahead.beta, ahead.residual ? ahead.residual + at * s.channels : nullptr};
         const auto run = [&](auto block) {
-            block(x + at * s.channels, y + at * s.channels, scale + sample * s.channels, zero_point + sample * s.channels,
+            block(x + at * s.channels, out, at * s.channels, scale + sample * s.channels, zero_point + sample * s.channels,
                   MASK ? mask + at * vectors : nullptr, of_sample, from, n, s.channels, levels, steps);
         };
         switch (vectors - from) {
@@ -187,7 +189,7 @@ void columns(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, Ahead ah
             case 3: run(column_block<B, MASK, 3>); break;
             default: run(column_block<B, MASK, BLOCK>);
         }
-    }
+    });
 }
 
 }  // namespace

@@ -7,8 +7,6 @@
 #include "dynamic.h"
 #include "frozen.h"
 
-#include <type_traits>
-
 namespace {
 
 // f(what comes before, whether a mask is written), as constants

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -213,10 +214,51 @@ template <int B> struct Row {  // of n values, to be read in whole vectors as th
     }
 };
 
+// A result that fills half of the last cache will not be there when it is read again: it is written past it, which saves reading
+// its lines first; where vectors are whole lines.
+constexpr int64_t HALF_OF_CACHE = 1 << 24;  // of 32 MB, which the system may tell wrong
+#ifdef __AVX512F__
+constexpr bool CAN_STREAM = sizeof(T) == 4;
+#else
+constexpr bool CAN_STREAM = false;
+#endif
+
+struct Out {
+    T* y;
+    bool past_cache;
+    Out(T* to, Shape s) : y(to), past_cache(
+        s.samples * s.outer * s.channels * s.inner * int64_t(sizeof(T)) >= HALF_OF_CACHE
+        && (is_rows(s) ? s.inner : s.channels) % L == 0 && uintptr_t(to) % 64 == 0) {}
+    template <class F> inline void with(F f) const {  // f(past_cache, a constant), so that loops do not ask
+        CAN_STREAM && past_cache ? f(std::bool_constant<CAN_STREAM>()) : f(std::false_type());
+    }
+    template <bool PAST> inline void write(int64_t at, V v) const {
+#ifdef __AVX512F__
+        if (PAST) {
+            __m512 x;
+            std::memcpy(&x, &v, sizeof(x));
+            return _mm512_stream_ps((float*)(y + at), x);
+        }
+#endif
+        store(y + at, v);
+    }
+};
+
+template <class F> inline void in_parallel(int64_t count, int threads, F f) {  // f(0) to f(count - 1)
+    #pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        #pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < count; i++) f(i);
+#ifdef __AVX512F__
+        _mm_sfence();  // what went past the cache is there before another thread reads
+#endif
+    }
+}
+
 // y = f(where a vector begins, its number) for every vector of a row
-template <class F> inline void write_row(T* y, int64_t n, F f) {
-    if (n < L) return store_part(y, n, f(int64_t(0), int64_t(0)));
-    each_vector(n, [&](int64_t i, int64_t k) { store(y + i, f(i, k)); });
+template <class F> inline void write_row(const Out& y, int64_t row, int64_t n, F f) {
+    if (n < L) return store_part(y.y + row * n, n, f(int64_t(0), int64_t(0)));
+    y.with([&](auto past) { each_vector(n, [&](int64_t i, int64_t k) { y.write<past.value>(row * n + i, f(i, k)); }); });
 }
 
 // One vector of channels; the last, too, overlaps the one before. WIDE: there are 16 channels or more, as is known at compile time.
@@ -226,6 +268,9 @@ template <bool WIDE> struct Columns {
     template <class U> inline V read(const U* x) const { return WIDE || __builtin_expect(channels >= L, 1) ? load(x + at) : load_part(x, channels); }
     template <class U> inline void write(U* y, V v) const {
         WIDE || __builtin_expect(channels >= L, 1) ? store(y + at, v) : store_part(y, channels, v);
+    }
+    template <bool PAST> inline void write(const Out& y, int64_t offset, V v) const {
+        WIDE || __builtin_expect(channels >= L, 1) ? y.write<PAST>(offset + at, v) : store_part(y.y + offset, channels, v);
     }
     template <int B> inline Norm<B> norm(Ahead ahead) const {
         return B == NORM ? Norm<B>{read(ahead.alpha), read(ahead.beta)} : Norm<B>{};

@@ -20,7 +20,7 @@ from granq_plugin.zero_shot.memory import ImageMemory
 from granq_plugin.zero_shot.step import ObservedTeacher, StepResult, generator_step, student_step
 from granq_plugin.zero_shot.weights import WeightAverage, at_sharpest_neighbour, load_optimizer
 
-__all__ = ["Training", "learned_scales"]
+__all__ = ["Training", "learned_scales", "update_parameters"]
 
 
 class Training:
@@ -63,7 +63,7 @@ class Training:
         self.optimizer = _student_optimizer(student, config)
         self.average = WeightAverage(_params(self.optimizer), config.ema_decay) if config.ema_decay else None
         self.generator_optimizer = None if self.generator is None else torch.optim.Adam(
-            self.generator.parameters(), config.generator_lr, config.betas)
+            self.generator.parameters(), config.generator_lr, config.betas, fused=_fused(self.generator))
         if images is not None:
             self._fill(images, teacher)
         self.networks = [self.observed, fuse_batch_norm(student.eval()), self.generator]
@@ -115,7 +115,7 @@ class Training:
         for z, y in zip(noise.chunk(config.accumulation_steps), labels.chunk(config.accumulation_steps)):
             z, y = (parallel.shard(v).to(self.like.device, non_blocking=True) for v in (z, y))
             results.append(self._run("both" if trains_student else "generator", step, z, y))
-        _update(self.generator_optimizer, params, _mean_grads([r.generator_grads for r in results]))
+        update_parameters(self.generator_optimizer, params, _mean_grads([r.generator_grads for r in results]))
         if trains_student:
             self._update_student(student_params, results)
         for r in results:
@@ -165,7 +165,7 @@ class Training:
         if self.config.sam_rho:
             with at_sharpest_neighbour(params, grads, self.config.sam_rho):
                 grads = _mean_grads([self._student_step(r.images, r.teacher_logits, params).student_grads for r in results])
-        _update(self.optimizer, params, grads)
+        update_parameters(self.optimizer, params, grads)
         if self.average:
             self.average.update()
 
@@ -302,8 +302,13 @@ def _student_optimizer(student: nn.Module, config: ZeroShotConfig) -> torch.opti
     groups = [dict(params=others, weight_decay=config.weight_decay)] + (
         [dict(params=scales, weight_decay=0.0, scales=True)] if scales else [])
     if config.student_optimizer == "adam":
-        return torch.optim.AdamW(groups, config.student_lr)
-    return torch.optim.SGD(groups, config.student_lr, config.momentum, nesterov=config.momentum > 0)
+        return torch.optim.AdamW(groups, config.student_lr, fused=_fused(student))
+    return torch.optim.SGD(groups, config.student_lr, config.momentum, nesterov=config.momentum > 0, fused=_fused(student))
+
+
+def _fused(network: nn.Module) -> bool | None:
+    """On CPU one pass over the parameters instead of one for each operation; on a GPU what torch chooses."""
+    return next(network.parameters()).is_cpu or None
 
 
 def _mean_grads(grads: list[Sequence[Tensor]]) -> list[Tensor]:
@@ -313,9 +318,10 @@ def _mean_grads(grads: list[Sequence[Tensor]]) -> list[Tensor]:
     return means
 
 
-def _update(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], grads: list[Tensor]) -> None:
-    for p, g in zip(params, grads):
-        p.grad = g
+def update_parameters(optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], grads: Sequence[Tensor]) -> None:
+    """A step of the optimizer with these gradients."""
+    for p, g in zip(params, grads):  # torch's fused optimizers walk through memory: p and g must lie in it alike
+        p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
     optimizer.step()
     optimizer.zero_grad()
 

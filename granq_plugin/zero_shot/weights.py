@@ -68,9 +68,11 @@ def at_sharpest_neighbour(params: Sequence[nn.Parameter], grads: Sequence[Tensor
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Restore an optimizer's state. Raises a ValueError if it has other options, but for the learning rate, or other shapes."""
+    """Restore an optimizer's state. Raises a ValueError if it has other options, but for the learning rate and how it is computed,
+    or other shapes."""
     def options() -> list[dict]:
-        return [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+        ignored = ("params", "lr", "fused", "foreach")
+        return [{k: v for k, v in group.items() if k not in ignored} for group in optimizer.param_groups]
     own = options()
     optimizer.load_state_dict(state)
     if options() != own:

@@ -193,6 +193,17 @@ class TestCompiled:
                 compare(lambda t: kernels.granq(t, bit_width, 1, before), lambda t: GF.granq(before.apply(t), bit_width),  # noqa: B023
                         (x, ), torch.ones_like(x))
 
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize("width", [256, 257])
+    def test_large_tensors(self, memory_format, width):
+        """Of 16 MB and more: written past the cache, where a row or the channels are whole lines."""
+        x, incoming = (torch.randn(4, 16, 256, width).contiguous(memory_format=memory_format) for _ in range(2))
+        scale, zero_point = GF.affine_params(*GF.channel_range(x, per_sample=False), 4)
+        before = Before(relu=True)
+        compare(lambda t: kernels.granq(t, 4, 1, before), lambda t: GF.granq(t.relu(), 4), (x, ), incoming)
+        compare(lambda t: kernels.affine_quantize(t, scale, zero_point, (0, 15), 1, before),
+                lambda t: GF.affine_quantize(t.relu(), scale, zero_point, (0, 15)), (x, ), incoming)
+
     def test_gradient_of_granq_alone_is_the_incoming_tensor(self):
         """No copy is made."""
         x = torch.randn(2, 3, 8, 8, requires_grad=True)

@@ -223,6 +223,27 @@ def test_options_of_computing_change_little(options, compiler):
         assert results[1][name] == pytest.approx(results[0][name], rel=tolerance), name
 
 
+@pytest.mark.parametrize("optimizer", ["generator_optimizer", "sgd", "adam"])
+def test_an_update_does_not_depend_on_how_a_gradient_lies_in_memory(optimizer):
+    """torch's fused optimizers pair values by their places in memory."""
+    from granq_plugin.zero_shot.training import Training, update_parameters
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        student, teacher = pair()
+        training = Training(student, teacher.requires_grad_(False), CONFIG.replace(
+            student_optimizer="adam" if optimizer == "adam" else "sgd"), None)
+        own = training.generator_optimizer if optimizer == "generator_optimizer" else training.optimizer
+        params = [p for p in (training.generator if optimizer == "generator_optimizer" else student).parameters() if p.dim() == 4]
+        before = [p.detach().clone() for p in params]
+        for _ in range(2):
+            grads = [torch.sin(torch.arange(p.numel(), dtype=p.dtype)).view_as(p) for p in params]
+            update_parameters(own, params, [g.contiguous(memory_format=memory_format) for g in grads])
+        results.append([p.detach() - b for p, b in zip(params, before)])
+    assert len(params) > 1 and min(float(step.abs().max()) for step in results[0]) > 0
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+
+
 class TestRunDirectory:
     def test_what_it_holds(self, tmp_path):
         student, teacher = pair()
