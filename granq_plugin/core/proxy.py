@@ -27,7 +27,9 @@ class FusedActivation(nn.Module):
         self.ahead: Ahead | None = None
 
     def forward(self, x: Tensor):
-        ahead, self.ahead = self.ahead, None
+        ahead = self.ahead
+        if ahead is not None:  # torch's modules are slow to set an attribute
+            self.ahead = None
         if self.fuses():
             return self.tensor_quant(x, type(self.activation_impl) is nn.ReLU, ahead)
         return self.tensor_quant(self.activation_impl(x if ahead is None else ahead.apply(x)))

@@ -217,7 +217,7 @@ template <int B> struct Row {  // of n values, to be read in whole vectors as th
 // A result that fills half of the last cache will not be there when it is read again: it is written past it, which saves reading
 // its lines first; where vectors are whole lines.
 constexpr int64_t HALF_OF_CACHE = 1 << 24;  // of 32 MB, which the system may tell wrong
-#ifdef __AVX512F__
+#ifdef __AVX2__
 constexpr bool CAN_STREAM = sizeof(T) == 4;
 #else
 constexpr bool CAN_STREAM = false;
@@ -233,11 +233,12 @@ struct Out {
         CAN_STREAM && past_cache ? f(std::bool_constant<CAN_STREAM>()) : f(std::false_type());
     }
     template <bool PAST> inline void write(int64_t at, V v) const {
-#ifdef __AVX512F__
+#ifdef __AVX2__
         if (PAST) {
-            __m512 x;
-            std::memcpy(&x, &v, sizeof(x));
-            return _mm512_stream_ps((float*)(y + at), x);
+            __m256 halves[2];
+            std::memcpy(halves, &v, sizeof(halves));
+            _mm256_stream_ps((float*)(y + at), halves[0]), _mm256_stream_ps((float*)(y + at) + 8, halves[1]);
+            return;
         }
 #endif
         store(y + at, v);
@@ -249,7 +250,7 @@ template <class F> inline void in_parallel(int64_t count, int threads, F f) {  /
     {
         #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < count; i++) f(i);
-#ifdef __AVX512F__
+#ifdef __AVX2__
         _mm_sfence();  // what went past the cache is there before another thread reads
 #endif
     }
