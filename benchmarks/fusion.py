@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.quantizer import BITS, HEADLINE, MODES, in_turns, keep_memory
+from benchmarks.quantizer import BITS, HEADLINE, MODES, column_head, in_turns, keep_memory
 from benchmarks.readme import replace_table
 from benchmarks.rows import read, write
 
@@ -75,7 +75,7 @@ def table(rows: list[dict]) -> str:
     columns = list(dict.fromkeys((r["shape"], r["memory_format"], r["mode"]) for r in rows))
     cell = {(r["method"], (r["shape"], r["memory_format"], r["mode"])):
             f"{float(r['median_ms']):.2f} ms" if r["method"] == "clone" else f"{float(r['ratio_to_clone']):.2f}" for r in rows}
-    heads = [f"[{s.replace('x', ', ')}]{' cl' if f == 'channels_last' else ''} {m}" for s, f, m in columns]
+    heads = [f"{column_head(s, f)} {m}" for s, f, m in columns]
     lines = [f"CPU, {rows[0]['threads']} threads, float32, {BITS} bits; times as multiples of `torch.clone`'s (its milliseconds in "
              "the first row; cl: channels_last). A semicolon stands between operations of their own.", "",
              "| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]

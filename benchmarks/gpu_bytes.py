@@ -19,14 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import fusion
-from benchmarks.quantizer import LABELS, methods
+from benchmarks.quantizer import LABELS, column_head, methods
 from benchmarks.readme import replace_table
 from benchmarks.rows import read, write
 
 RESULTS = Path(__file__).parent / "results"
 MARKER = "gpu-bytes: written by python -m benchmarks.gpu_bytes"
 SHAPES = ((64, 64, 32, 32), (64, 256, 56, 56), (128, 64, 112, 112), (64, 2048, 7, 7))
-FORMATS = ("contiguous_format", "channels_last")
+FORMATS = fusion.FORMATS
 NAMES = LABELS | {n: label for n, label in fusion.LABELS.items() if n.startswith(("norm", "sum"))}
 FIELDS = ("shape", "memory_format", "method", "reads", "writes", "ratio_to_clone")
 
@@ -94,8 +94,7 @@ def table(rows: list[dict], measured: list[dict]) -> str:
     known = {(r["method"], (r["shape"], r["memory_format"])): f" ({float(r['ratio_to_clone']):.2f})" for r in measured
              if (r["mode"], r["launch"]) == ("forward", "graph") and r["method"] != "clone"}
     lines = ["| forward, bytes as multiples of `torch.clone`'s | " + " | ".join(
-        f"[{s.replace('x', ', ')}]{' cl' if f == 'channels_last' else ''}" for s, f in columns) + " |",
-        "|---" * (len(columns) + 1) + "|"]
+        column_head(*c) for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {NAMES[name]} | " + " | ".join(cell[name, c] + known.get((name, c), "") for c in columns) + " |"
               for name in dict.fromkeys(r["method"] for r in rows)]
     return "\n".join(lines)

@@ -113,6 +113,11 @@ def methods(channels: int, device: str = "cpu") -> dict[str, Callable]:
     return found
 
 
+def column_head(shape: str, memory_format: str) -> str:
+    """Of a table, for a shape as CSV files write it."""
+    return f"[{shape.replace('x', ', ')}]{' cl' if memory_format == 'channels_last' else ''}"
+
+
 def wall_clock(f: Callable) -> float:
     """Milliseconds of a call."""
     begin = time.perf_counter()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.quantizer import LABELS, MODES, in_turns, methods
+from benchmarks.quantizer import LABELS, MODES, column_head, in_turns, methods
 from benchmarks.readme import replace_table
 from benchmarks.rows import read, write
 
@@ -167,7 +167,7 @@ def table(rows: list[dict], scaling: list[dict], memory: list[dict]) -> str:
 
     lines = [f"{rows[0]['device']}, float32, 4 bits, recorded as CUDA graphs; times as multiples of `torch.clone`'s (its "
              "microseconds in the first row; cl: channels_last).", "",
-             "| forward | " + " | ".join(f"[{s.replace('x', ', ')}]{' cl' if f == 'channels_last' else ''}" for s, f in shapes)
+             "| forward | " + " | ".join(column_head(*s) for s in shapes)
              + (" | peak memory, tensors |" if memory else " |"), "|---" * (len(shapes) + 1 + bool(memory)) + "|"]
     peaks = {r["method"]: f" {float(r['peak_extra_tensors']):.2f} |" for r in memory if r["mode"] == "forward"}
     for method in names:

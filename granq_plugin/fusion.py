@@ -2,7 +2,7 @@
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from brevitas.nn.mixin.base import QuantLayerMixin
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from granq_plugin.core.proxy import GranQActProxy, has_hooks
 from granq_plugin.kernels import Ahead
-from granq_plugin.relus import trace
+from granq_plugin.relus import flattened, trace
 
 __all__ = ["BatchNormAct", "FusedModel", "fuse_batch_norm"]
 
@@ -71,7 +71,7 @@ class FusedModel(nn.Module):
         self.model, self.graph = model, graph
         self._mode = self.training = model.training
         self._required = sum(p.default is p.empty for p in inspect.signature(model.forward).parameters.values())
-        self._flattened = tuple(_flattened(model))  # a tuple, so that they are not submodules again
+        self._flattened = tuple(flattened(model, _LEAVES))  # a tuple, so that they are not submodules again
 
     def forward(self, *args, **kwargs):
         if self.model.training != self._mode or kwargs or len(args) != self._required or any(map(has_hooks, self._flattened)):
@@ -100,7 +100,7 @@ def fuse_batch_norm(model: nn.Module) -> nn.Module:
         >>> torch.equal(fuse_batch_norm(net)(x), net(x))
         True
     """
-    if not any(map(_is_act, model.modules())) or any(map(has_hooks, _flattened(model))):  # hooks would run as it is traced
+    if not any(map(_is_act, model.modules())) or any(map(has_hooks, flattened(model, _LEAVES))):  # hooks would run as it is traced
         return model
     try:
         graph = trace(model, _LEAVES)
@@ -114,14 +114,6 @@ def fuse_batch_norm(model: nn.Module) -> nn.Module:
     graph.graph.lint()
     graph.recompile()
     return FusedModel(model, graph)
-
-
-def _flattened(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules whose forwards a trace goes through."""
-    if not (isinstance(module, _LEAVES) or fx.Tracer().is_leaf_module(module, "")):
-        yield module
-        for child in module.children():
-            yield from _flattened(child)
 
 
 def _is_act(module: nn.Module) -> bool:

@@ -2,12 +2,13 @@
 
 import inspect
 import warnings
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-__all__ = ["RELUS", "relu_class", "separate_relus", "trace"]
+__all__ = ["RELUS", "flattened", "relu_class", "separate_relus", "trace"]
 
 RELUS = (nn.ReLU, nn.ReLU6)
 _FUNCTIONS = {F.relu: nn.ReLU, F.relu_: nn.ReLU, torch.relu: nn.ReLU, torch.relu_: nn.ReLU, F.relu6: nn.ReLU6}
@@ -44,6 +45,14 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return isinstance(module, self.leaves) or super().is_leaf_module(module, qualified_name)
+
+
+def flattened(module: nn.Module, leaves: tuple[type, ...]) -> Iterator[nn.Module]:
+    """The modules whose forwards a :func:`trace` goes through."""
+    if not _Tracer(leaves).is_leaf_module(module, ""):
+        yield module
+        for child in module.children():
+            yield from flattened(child, leaves)
 
 
 def separate_relus(model: nn.Module, graph_model: fx.GraphModule) -> nn.Module:

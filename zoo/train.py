@@ -15,6 +15,7 @@ from granq_plugin.settings import Settings, setting
 from granq_plugin.zero_shot.augmentation import random_crop_flip
 from granq_plugin.zero_shot.graphs import RecordedStep, check_device
 from granq_plugin.zero_shot.run_directory import RunDirectory
+from granq_plugin.zero_shot.training import update_parameters
 from granq_plugin.zero_shot.weights import load_optimizer
 from zoo.card import Preprocessing
 from zoo.data import ImageSet
@@ -157,9 +158,7 @@ def _train(model, data, preprocessing, config, directory, evaluate, on_step, on_
             if config.compile == "cudagraphs" and size not in recorded:
                 recorded[size] = RecordedStep(learn)
             loss, hits, grads = recorded.get(size, learn)(x, y)
-            for p, g in zip(params, grads):
-                p.grad = g
-            optimizer.step()
+            update_parameters(optimizer, params, grads)
             loss_sum += loss
             correct += hits
             if on_step:

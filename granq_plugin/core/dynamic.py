@@ -51,7 +51,7 @@ class DynamicGranQ(GranQBase):
             return x, torch.ones_like(x), torch.zeros_like(x), bit_width
         before = self.clamp.after(relu)
         if self.check_finite or self.observer_only:
-            x, before, ahead = before.apply(x if ahead is None else ahead.apply(x)), kernels.IDENTITY, None
+            x, before, ahead = before.apply(x, ahead), kernels.IDENTITY, None
         if self.check_finite:
             GF.check_finite(x)
         value, scale, zero_point = kernels.granq(x, self.bit_width, self.channel_axis, before, ahead)

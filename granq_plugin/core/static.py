@@ -104,7 +104,7 @@ class StaticGranQ(GranQBase):
         GF.check_float(x)
         before = self.clamp.after(relu)
         if self.check_finite or self.observer_only or not self.scaling_impl.frozen:  # somebody looks at what is quantized
-            x, before, ahead = before.apply(x if ahead is None else ahead.apply(x)), kernels.IDENTITY, None
+            x, before, ahead = before.apply(x, ahead), kernels.IDENTITY, None
         if self.check_finite:
             GF.check_finite(x)
         scale, zero_point = self._grid_for(x)
@@ -115,7 +115,7 @@ class StaticGranQ(GranQBase):
             axis = self.scaling_impl.channel_axis if x.dim() > 1 else 0
             value = kernels.affine_quantize(x, scale, zero_point, self._limits(), axis, before, ahead)
             return value, scale, zero_point, bit_width
-        x = before.apply(x if ahead is None else ahead.apply(x))
+        x = before.apply(x, ahead)
         return self.int_quant(scale, zero_point, bit_width, x).to(x.dtype), scale, zero_point, bit_width
 
     def quantize_to_integers(self, x: Tensor) -> Tensor:

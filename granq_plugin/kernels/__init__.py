@@ -138,8 +138,7 @@ def affine_quantize(
         if all(t.dtype == wide and t.device == x.device and t.is_contiguous() and t.numel() == layout.channels
                for t in (scale, zero_point)):
             return _frozen_kernel(chosen).affine_quantize(x, scale.detach(), zero_point.detach(), limits, layout, before, ahead)
-    x = x if ahead is None else ahead.apply(x)
-    return GF.affine_quantize(before.apply(x), scale, zero_point, limits)
+    return GF.affine_quantize(before.apply(x, ahead), scale, zero_point, limits)
 
 
 def _dynamic_kernel(chosen: str):

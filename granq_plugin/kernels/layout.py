@@ -100,8 +100,10 @@ class Before(NamedTuple):
     min_val: float | None = None
     max_val: float | None = None
 
-    def apply(self, x: Tensor) -> Tensor:
-        """The same as separate operations of torch."""
+    def apply(self, x: Tensor, ahead: "Ahead | None" = None) -> Tensor:
+        """The same as separate operations of torch, those of ``ahead`` first."""
+        if ahead is not None:
+            x = ahead.apply(x)
         if self.relu:
             x = torch.relu(x)
         if self.min_val is not None or self.max_val is not None:

@@ -66,11 +66,13 @@ class Training:
             self.generator.parameters(), config.generator_lr, config.betas, fused=_fused(self.generator))
         if images is not None:
             self._fill(images, teacher)
-        self.networks = [self.observed, fuse_batch_norm(student.eval()), self.generator]
         self._recorded: dict[str, RecordedStep] = {}
+        self.networks = [self.observed, student, self.generator]
         if config.compile == "default":
             torch._functorch.config.donated_buffer = False  # the student's graph is walked twice
-            self.networks = [None if m is None else torch.compile(m) for m in (self.observed, student, self.generator)]
+            self.networks = [None if m is None else torch.compile(m) for m in self.networks]
+        else:
+            self.networks[1] = fuse_batch_norm(student.eval())
         if state is not None:
             self._load(state)
 
