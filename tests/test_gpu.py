@@ -98,7 +98,7 @@ def test_batch_norm_ahead(size, residual, dtype, memory_format):
     for fused in (True, False):
         leaves = [t.clone().requires_grad_() for t in (x, weight, bias, r)[:3 + residual]]
         ahead = Ahead(mean, var.square() + 0.1, *leaves[1:3], 1e-5, leaves[3] if residual else None)
-        assert kernels._is_fused(leaves[0], 1, ahead)
+        assert kernels._is_fused(leaves[0], 1, ahead, *kernels._choose(leaves[0], 1))
         y = (kernels.granq(leaves[0], 4, 1, Before(relu=True), ahead) if fused
              else GF.granq(ahead.apply(leaves[0]).relu(), 4))
         results.append((y, torch.autograd.grad(y.value, leaves, incoming)))

@@ -30,14 +30,16 @@ class FusedActivation(nn.Module):
         ahead = self.ahead
         if ahead is not None:  # torch's modules are slow to set an attribute
             self.ahead = None
+        activation, quantizer = self.activation_impl, self.tensor_quant
         if self.fuses():
-            return self.tensor_quant(x, type(self.activation_impl) is nn.ReLU, ahead)
-        return self.tensor_quant(self.activation_impl(x if ahead is None else ahead.apply(x)))
+            return quantizer(x, type(activation) is nn.ReLU, ahead)
+        return quantizer(activation(x if ahead is None else ahead.apply(x)))
 
     def fuses(self) -> bool:
         """Whether the quantizer can do the activation too, and no hook wants to see what lies between."""
-        return (type(self.activation_impl) in (nn.ReLU, nn.Identity) and getattr(self.tensor_quant, "fuses", False)
-                and not (has_hooks(self.activation_impl) or has_hooks(self.tensor_quant)))
+        activation, quantizer = self.activation_impl, self.tensor_quant
+        return (type(activation) in (nn.ReLU, nn.Identity) and getattr(quantizer, "fuses", False)
+                and not (has_hooks(activation) or has_hooks(quantizer)))
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -86,7 +86,7 @@ def _triton_problem() -> str | None:
 
 def is_observed() -> bool:
     """Whether something other than autograd looks at the operations: compilation, tracing, dispatch modes, function transforms."""
-    return bool(torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack()
+    return bool(torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack()
                 or torch._C._are_functorch_transforms_active())
 
 
@@ -108,12 +108,12 @@ def granq(
     Raises:
         TypeError, ValueError: as there; see also :func:`backend`.
     """
-    if ahead is not None and not _is_fused(x, channel_axis, ahead):
+    chosen, layout = _choose(x, channel_axis)
+    if ahead is not None and not _is_fused(x, channel_axis, ahead, chosen, layout):
         x, ahead = ahead.apply(x), None
-    if isinstance(x, Tensor):
         chosen, layout = _choose(x, channel_axis)
-        if chosen != "eager":
-            return _dynamic_kernel(chosen).granq(x, GF.check_bit_width(bit_width), layout, before, ahead)
+    if chosen != "eager":
+        return _dynamic_kernel(chosen).granq(x, GF.check_bit_width(bit_width), layout, before, ahead)
     return GF.granq(before.apply(x), bit_width, channel_axis)
 
 
@@ -129,10 +129,11 @@ def affine_quantize(
     Returns:
         As there. Keeps one bit of each value (on a GPU one byte) for the backward.
     """
-    per_channel = scale.numel() != 1
-    if ahead is not None and not (per_channel and _is_fused(x, channel_axis, ahead)):
+    layout_for = whole_layout_of if scale.numel() == 1 else static_layout_of
+    chosen, layout = _choose(x, channel_axis, layout_for)
+    if ahead is not None and (layout_for is whole_layout_of or not _is_fused(x, channel_axis, ahead, chosen, layout)):
         x, ahead = ahead.apply(x), None
-    chosen, layout = _choose(x, channel_axis, static_layout_of if per_channel else whole_layout_of)
+        chosen, layout = _choose(x, channel_axis, layout_for)
     if chosen != "eager":
         wide = torch.promote_types(x.dtype, torch.float32)
         if all(t.dtype == wide and t.device == x.device and t.is_contiguous() and t.numel() == layout.channels
@@ -155,12 +156,11 @@ def _frozen_kernel(chosen: str):
     return triton_frozen
 
 
-def _is_fused(x: Tensor, channel_axis: int, ahead: Ahead) -> bool:
-    """Whether the kernel of x computes this BatchNorm, too: on the CPU bit for bit as torch does."""
-    if x.dim() < 3 or channel_axis not in (1, 1 - x.dim()) or x.dtype == torch.float64:
+def _is_fused(x: Tensor, channel_axis: int, ahead: Ahead, chosen: str, layout: Layout | None) -> bool:
+    """Whether the kernel chosen for x computes this BatchNorm, too: on the CPU bit for bit as torch does."""
+    if chosen == "eager" or x.dim() < 3 or channel_axis not in (1, 1 - x.dim()) or x.dtype == torch.float64:
         return False
-    chosen, layout = _choose(x, channel_axis)
-    if chosen == "eager" or not all(
+    if not all(
             t is None or (type(t) in _PLAIN and t.dtype == torch.float32 and t.device == x.device and t.is_contiguous()
                           and t.numel() == x.shape[1]) for t in ahead[:4]):
         return False

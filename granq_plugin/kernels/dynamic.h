@@ -117,7 +117,10 @@ void rows(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, Ahead ahead
             const Grid own{all(inv_scales[g]), all(offsets[g])};
             const Row<B> row(x, ahead, first + g, s.channels, n);
             const auto quantize = [&](auto on_grid) {
-                write_row(out, first + g, n, [&](int64_t i, int64_t) { return on_grid(steps.template clamp<B>(row(i))); });
+                write_row(out, first + g, n, [&](int64_t i, int64_t, auto past) {
+                    if (past.value) fetch<B>(x, ahead, (first + group + g) * n + i);  // the same place in the next group
+                    return on_grid(steps.template clamp<B>(row(i)));
+                });
             };
             if (Table::serves(n, highest[g], offsets[g])) quantize(Table(own, highest[g]));
             else quantize([&](V v) { return level(integers(v, own), own); });
@@ -132,6 +135,7 @@ constexpr int BLOCK = 4;  // vectors of 16 channels that are read together: whol
 template <int B, bool MASK, int N>  // N vectors of channels, from one on, of one sample
 void column_block(const T* x, const Out& y, int64_t at, W* scale, W* zero_point, uint16_t* mask, Ahead ahead, int64_t from, int64_t n, int64_t channels,
                   double levels, const Steps& steps) {
+    const int64_t next = from + N < vectors_in(channels) ? N * L : n * channels - from * L;  // block of channels, or sample
     V lo[N], hi[N], sum[N];
     Norm<B> norm[N];
     const auto span = [&](int b) { return Columns<(N > 1)>((from + b) * L, channels); };
@@ -164,6 +168,7 @@ void column_block(const T* x, const Out& y, int64_t at, W* scale, W* zero_point,
         for (int64_t i = 0; i < n; i++)
             #pragma GCC unroll 4
             for (int b = 0; b < N; b++) {
+                if (past.value) fetch<B>(x, ahead, i * channels + (from + b) * L + next);
                 const V v = steps.template clamp<B>(span(b).template read<B>(x, ahead, i * channels, norm[b]));
                 span(b).template write<past.value>(y, at + i * channels, level(integers(v, grids[b]), grids[b]));
             }

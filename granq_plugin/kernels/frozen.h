@@ -34,7 +34,7 @@ void frozen_rows(const T* x, T* y, uint16_t* mask, const W* scale, const W* zero
         const Frozen frozen{all(scale[r % s.channels]), all(zero_point[r % s.channels]), lowest, highest};
         uint16_t* bits = MASK ? mask + r * vectors_in(n) : nullptr;
         const Row<B> row(x, ahead, r, s.channels, n);
-        write_row(out, r, n, [&](int64_t i, int64_t k) { return frozen_value<B, MASK>(row(i), frozen, steps, bits + k); });
+        write_row(out, r, n, [&](int64_t i, int64_t k, auto) { return frozen_value<B, MASK>(row(i), frozen, steps, bits + k); });
     });
 }
 
@@ -81,7 +81,7 @@ void backward_rows(const T* grad, const uint16_t* mask, T* result, const W* scal
         const V by = SCALED ? all(scale[r % s.channels]) : V{};
         const uint16_t* bits = mask + r * vectors_in(n);
         const Row<NOTHING> row(grad, {}, r, s.channels, n);
-        write_row(out, r, n, [&](int64_t i, int64_t k) { return back<SCALED>(row(i), bits[k], by); });
+        write_row(out, r, n, [&](int64_t i, int64_t k, auto) { return back<SCALED>(row(i), bits[k], by); });
     });
 }
 

@@ -256,10 +256,17 @@ template <class F> inline void in_parallel(int64_t count, int threads, F f) {  /
     }
 }
 
-// y = f(where a vector begins, its number) for every vector of a row
+// Calls for the values at x + at, and for what is added to them, into the second cache: what is read next, while a result goes past
+// the cache, so that memory is read and written at the same time. Addresses only, which may lie behind the end of a tensor.
+template <int B> inline void fetch(const T* x, Ahead ahead, int64_t at) {
+    __builtin_prefetch((const void*)(uintptr_t(x) + at * sizeof(T)), 0, 2);
+    if (B == NORM && ahead.residual) __builtin_prefetch((const void*)(uintptr_t(ahead.residual) + at * sizeof(T)), 0, 2);
+}
+
+// y = f(where a vector begins, its number, whether it goes past the cache, a constant) for every vector of a row
 template <class F> inline void write_row(const Out& y, int64_t row, int64_t n, F f) {
-    if (n < L) return store_part(y.y + row * n, n, f(int64_t(0), int64_t(0)));
-    y.with([&](auto past) { each_vector(n, [&](int64_t i, int64_t k) { y.write<past.value>(row * n + i, f(i, k)); }); });
+    if (n < L) return store_part(y.y + row * n, n, f(int64_t(0), int64_t(0), std::false_type()));
+    y.with([&](auto past) { each_vector(n, [&](int64_t i, int64_t k) { y.write<past.value>(row * n + i, f(i, k, past)); }); });
 }
 
 // One vector of channels; the last, too, overlaps the one before. WIDE: there are 16 channels or more, as is known at compile time.

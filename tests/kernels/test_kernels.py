@@ -44,6 +44,10 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert not (differs & ~actual.isnan()).any()
 
 
+def is_fused(x: torch.Tensor, channel_axis: int, ahead: Ahead) -> bool:
+    return kernels._is_fused(x, channel_axis, ahead, *kernels._choose(x, channel_axis))
+
+
 @st.composite
 def tensors(draw, dtypes=DTYPES):
     """``(x, incoming gradient)`` of any layout the kernels know: rows shorter and longer than a vector, few and many channels."""
@@ -147,21 +151,21 @@ class TestCompiled:
 
         x = torch.randn(2, 3, 8, 8)
         ahead = Ahead(torch.randn(3), torch.rand(3) + 0.1, torch.randn(3), torch.randn(3), 1e-5)
-        assert kernels._is_fused(x, 1, ahead) and kernels._is_fused(x, -3, ahead)
+        assert is_fused(x, 1, ahead) and is_fused(x, -3, ahead)
         transposed, double = x.transpose(2, 3).contiguous().transpose(2, 3), Ahead(*(t.double() for t in ahead[:4]), 1e-5)
         for y, other in ((x, ahead._replace(residual=transposed)), (x, ahead._replace(residual=torch.randn(1))),
                          (x[..., ::2], ahead), (x.double(), double), (x, ahead._replace(weight=torch.randn(6)[::2])),
                          (x, ahead._replace(residual=x.double()))):
-            assert not kernels._is_fused(y, 1, other)
+            assert not is_fused(y, 1, other)
             same(y, other)
         scale, zero_point = torch.full((1, ), 0.1), torch.zeros(1)
         oracles.assert_equal(kernels.affine_quantize(x, scale, zero_point, (0, 7), 1, Before(), ahead),
                              GF.affine_quantize(ahead.apply(x), scale, zero_point, (0, 7)))
         monkeypatch.setattr(kernels, "_computes_batch_norm", lambda *a: False)
-        assert not kernels._is_fused(x, 1, ahead)
+        assert not is_fused(x, 1, ahead)
         monkeypatch.undo()
         monkeypatch.setenv("GRANQ_KERNEL", "eager")
-        assert not kernels._is_fused(x, 1, ahead)
+        assert not is_fused(x, 1, ahead)
         same(x, ahead)
 
     def test_a_batch_norm_of_other_bits_is_found_out(self, monkeypatch):
