@@ -7,7 +7,7 @@ float32 on CPU. All methods take turns, round after round, in one process; media
 ``torch.clone`` in the same rounds, and as bytes (the tensor read once and written once) per second beside a measured copy. Freed
 memory is kept and used again, so that methods are compared and not page faults; glibc's defaults, which return large buffers to the
 system, are measured beside it for GranQ and the copy. Writes ``quantizer*.csv`` and ``.png`` into ``benchmarks/results``, and the
-table in docs/results.md.
+table in the README.
 """
 
 import ctypes
