@@ -15,21 +15,22 @@ _FUNCTIONS = {F.relu: nn.ReLU, F.relu_: nn.ReLU, torch.relu: nn.ReLU, torch.relu
 _METHODS = {"relu": nn.ReLU, "relu_": nn.ReLU}
 
 
-def trace(model: nn.Module, leaves: tuple[type, ...] = ()) -> fx.GraphModule:
+def trace(model: nn.Module, leaves: tuple[type, ...] = (), strict: bool = False) -> fx.GraphModule:
     """The model's graph in its present mode, as called with its required arguments alone.
 
     The GraphModule shares the model's modules. Functional dropout becomes a module, which follows ``train()`` and ``eval()``.
-    Modules of the classes ``leaves`` are kept whole, as torch's own are.
+    Modules of the classes ``leaves`` are kept whole, as torch's own are. With ``strict`` dropout stays as it is, and a forward that
+    switches gradients or autocast, which no graph shows, raises a RuntimeError.
     """
     parameters = inspect.signature(model.forward).parameters.values()
     optional = {p.name: p.default for p in parameters if p.default is None or isinstance(p.default, (bool, int, float, str))}
-    tracer = _Tracer(leaves)
+    tracer = _Tracer(leaves, strict)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Was not able to add assertion", UserWarning)  # fx, of arguments fixed at None
         graph = tracer.trace(model, optional or None)
     graph_model = fx.GraphModule(tracer.root, graph, type(model).__name__)
     for node in list(graph_model.graph.nodes):
-        if node.op == "call_function" and node.target is F.dropout:
+        if node.op == "call_function" and node.target is F.dropout and not strict:
             p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
             _call_module_instead(graph_model, node, "dropout", nn.Dropout(p).train(model.training))
     graph_model.recompile()
@@ -39,12 +40,24 @@ def trace(model: nn.Module, leaves: tuple[type, ...] = ()) -> fx.GraphModule:
 class _Tracer(fx.Tracer):
     """fx's tracer with more leaf modules."""
 
-    def __init__(self, leaves: tuple[type, ...]) -> None:
+    def __init__(self, leaves: tuple[type, ...], strict: bool = False) -> None:
         super().__init__()
         self.leaves = leaves
+        self.switches = _switches() if strict else None
+
+    def create_node(self, *args, **kwargs) -> fx.Node:
+        if self.switches not in (None, _switches()):
+            raise RuntimeError("the forward switches gradients or autocast")
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return isinstance(module, self.leaves) or super().is_leaf_module(module, qualified_name)
+
+
+def _switches() -> tuple:
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu", )
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
+            *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices))
 
 
 def flattened(module: nn.Module, leaves: tuple[type, ...]) -> Iterator[nn.Module]:

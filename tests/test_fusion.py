@@ -1,11 +1,16 @@
 """BatchNorm inside the activation's kernel: the same bits, gradients and networks, and only where nobody looks between."""
 
 import copy
+import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import brevitas.nn as qnn
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import granq_plugin as gq
 import networks
@@ -267,7 +272,198 @@ class TestWhoeverLooksBetween:
         whole = fuse_batch_norm(model)
         with pytest.raises(RuntimeError):
             layers_of(whole)[0](torch.randn(2, 7, 3, 3))
+        with pytest.raises(ValueError, match="4D input"):
+            layers_of(whole)[0](torch.randn(2, 4, 3))
         oracles.assert_equal(model(self.x), net()(self.x))
+
+    def test_global_hooks_and_those_of_the_input(self, fused_calls):
+        model, seen = net(), []
+        whole = fuse_batch_norm(model)
+        handle = register_module_forward_hook(lambda m, a, y: seen.append(type(m).__name__))
+        self.check(model, fused_calls, False, whole)
+        handle.remove()
+        assert seen.count("BatchNorm2d") == 2
+        self.check(model, fused_calls, True, whole)
+        handle = model[2].input_quant.register_forward_hook(lambda m, a, y: seen.append(a[0]))
+        self.check(model, fused_calls, False, whole)
+        oracles.assert_equal(seen[-1], seen[-2])
+
+    def test_forwards_put_in_their_place(self, fused_calls):
+        for pick in (lambda m: m[1], lambda m: m[2], lambda m: m[2].act_quant, lambda m: m):
+            model = net()
+            whole, module = fuse_batch_norm(model), pick(model)
+            own = module.forward
+            module.forward = lambda x: 2 * own(x)  # noqa: B023
+            assert not torch.equal(model(self.x), net()(self.x))
+            self.check(model, fused_calls, False, whole)
+            self.check(model, fused_calls, False)
+            del module.forward
+            self.check(model, fused_calls, True, whole)
+
+        class Twice(qnn.QuantReLU):
+            def forward(self, x):
+                return super().forward(2 * x)
+
+        model = net()
+        model[2] = Twice(gq.GranQActPerChannel, bit_width=3)
+        assert fuse_batch_norm(model) is model
+
+    def test_threads(self):
+        """Each has its own BatchNorm ahead, and its own residual."""
+        model = quantized(networks.teacher_network())
+        whole, inputs = fuse_batch_norm(model), torch.randn(2, 2, 3, 8, 8)
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            with torch.no_grad(), ThreadPoolExecutor(2) as pool:
+                expected = [model(x) for x in inputs]
+                outputs = list(pool.map(torch.no_grad()(lambda i: whole(inputs[i % 2])), range(400)))
+        finally:
+            sys.setswitchinterval(interval)
+        assert all(torch.equal(y, expected[i % 2]) for i, y in enumerate(outputs))
+
+
+class Own(nn.Module):
+    """A network of one form or another that a trace, or a BatchNorm computed later, might get wrong."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.conv, self.norm, self.relu, self.form = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), form
+        self.register_buffer("count", torch.ones(()))
+        self.add = nn.Identity()
+        self.written, self.seen, self.factor = nn.ReLU(inplace=True), [], 1.0
+
+    def forward(self, x):
+        return getattr(self, self.form.replace(" ", "_"))(x)
+
+    def plain(self, x):
+        return self.relu(self.norm(self.conv(x)))
+
+    def buffer(self, x):
+        return self.plain(x - self.count)
+
+    def sum_with_itself(self, x):
+        y = self.norm(x)
+        return self.relu(y + y)
+
+    def sum_with_itself_in_place(self, x):
+        y = self.norm(x)
+        y += y
+        return self.relu(y)
+
+    def module_called_add(self, x):
+        return self.relu(self.add(self.norm(x)))
+
+    def input_written_to(self, x):
+        x = self.conv(x)
+        y = self.norm(x)
+        skip = F.relu(x, inplace=True)
+        return self.relu(y) + skip
+
+    def input_written_to_by_a_module(self, x):
+        x = x * 1
+        y = self.norm(x)
+        skip = self.written(x)
+        return self.relu(y + skip)
+
+    def residual_written_to(self, x):
+        skip = x * 1
+        y = self.norm(self.conv(x)) + skip
+        skip.relu_()
+        return self.relu(y) + skip
+
+    def input_written_to_before_the_sum(self, x):
+        x = x * 1
+        y = self.norm(x)
+        x.mul_(2)
+        return self.relu(y + x)
+
+    def no_gradients(self, x):
+        with torch.no_grad():
+            h = self.conv(x)
+        return self.relu(self.norm(h)) + x
+
+    def autocast(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            h = self.conv(x)
+        return self.relu(self.norm(h.float()))
+
+    def dropout(self, x):
+        return F.dropout(self.plain(x), 0.5, True)
+
+    def count_calls(self, x):
+        self.count += 1
+        return self.plain(x) * self.count
+
+    def keep_what_was_seen(self, x):
+        self.last = self.plain(x)
+        self.seen.append(self.last)
+        return self.last
+
+    def python_randomness(self, x):
+        return self.plain(x) * random.random()
+
+    def type_of_the_input(self, x):
+        return self.plain(x * 2 if isinstance(x, torch.Tensor) else x)
+
+    def attribute_of_the_input(self, x):
+        return self.plain(getattr(x, "value", x))
+
+    def write_to_statistics(self, x):
+        self.norm.running_mean.add_(0.1)
+        return self.plain(x)
+
+
+FORMS = [f.replace("_", " ") for f in vars(Own) if not f.startswith("_") and f != "forward"]
+UNFUSED = {"sum with itself", "sum with itself in place", "input written to by a module", "input written to before the sum",
+           "no gradients", "autocast", "count calls", "keep what was seen", "write to statistics"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forwards_that_a_trace_might_get_wrong(form):
+    """Outputs, gradients, and what the forward leaves behind, call after call, as of a twin that is not fused."""
+    torch.manual_seed(0)
+    model = oracles.randomize_batch_norm(Own(form)).eval()
+    model.relu = qnn.QuantReLU(gq.GranQActPerChannel, bit_width=3)
+    if form == "module called add":
+        model.add = qnn.QuantIdentity(gq.GranQActPerChannel, bit_width=2)
+    twin, state = copy.deepcopy(model), torch.get_rng_state()
+    fused = fuse_batch_norm(model)
+    assert (fused is model) == (form in UNFUSED) and torch.equal(torch.get_rng_state(), state)
+    x = torch.randn(3, 3, 5, 5)
+    for _ in range(3):
+        results = []
+        for m, parameters in ((fused, model), (twin, twin)):
+            torch.manual_seed(1)
+            random.seed(1)
+            if form.startswith("input written to"):  # whose gradients torch refuses, and rightly
+                results.append([torch.no_grad()(m)(x)])
+                continue
+            leaf = x.clone().requires_grad_()
+            y = m(leaf)
+            results.append([y, *torch.autograd.grad(y.sum(), [leaf, *parameters.parameters()], allow_unused=True)])
+        for a, b in zip(*results):
+            assert (a is None) == (b is None)
+            if a is not None:
+                oracles.assert_equal(a, b)
+    assert len(model.seen) == len(twin.seen) and all(map(torch.equal, model.seen, twin.seen))
+    for a, b in zip(model.state_dict().values(), twin.state_dict().values()):
+        oracles.assert_equal(a, b)
+
+
+@pytest.mark.parametrize("change", [
+    lambda m, f: m.load_state_dict({k: 3 * v for k, v in m.state_dict().items()}, assign=True),
+    lambda m, f: (f.double(), m.load_state_dict({k: 3 * v for k, v in m.state_dict().items()})),
+    lambda m, f: setattr(m, "conv", nn.Conv2d(3, 3, 1)), lambda m, f: setattr(m, "norm", nn.BatchNorm2d(3).eval())])
+def test_changes_of_the_model_afterwards(change):
+    model = oracles.randomize_batch_norm(Own("buffer")).eval()
+    model.relu = qnn.QuantReLU(gq.GranQActPerChannel, bit_width=3)
+    fused, x = fuse_batch_norm(model), torch.randn(2, 3, 5, 5)
+    before = fused(x)
+    change(model, fused)
+    x = x.to(model.count.dtype)
+    oracles.assert_equal(fused(x), model(x))
+    assert not torch.equal(fused(x), before)
 
 
 @pytest.mark.parametrize("settings", [{}, dict(feature_loss="features", memory_size=24, replay_steps=1, bf16=True)])

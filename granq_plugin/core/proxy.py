@@ -1,5 +1,9 @@
 """Brevitas proxies that return a :class:`~granq_plugin.core.quant_tensor.PerChannelQuantTensor`."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from brevitas.nn.mixin.parameter import QuantWeightMixin
 from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
 from brevitas.proxy.runtime_quant import DynamicActQuantProxyFromInjector
@@ -13,23 +17,33 @@ __all__ = ["FusedActivation", "GranQActProxy", "GranQDynamicActProxy", "GranQSta
            "GranQWeightProxy", "has_hooks"]
 
 
-class FusedActivation(nn.Module):
-    """Brevitas's FusedActivationQuantProxy without TorchScript, which our quantizers do not need and cannot have.
+_ON_THE_WAY = threading.local()
 
-    Attributes:
-        ahead: a BatchNorm (and an addition) that the next forward does first, and that forward alone.
-    """
+
+class FusedActivation(nn.Module):
+    """Brevitas's FusedActivationQuantProxy without TorchScript, which our quantizers do not need and cannot have."""
 
     def __init__(self, activation_impl: nn.Module, tensor_quant: nn.Module) -> None:
         super().__init__()
         self.activation_impl = activation_impl
         self.tensor_quant = tensor_quant
-        self.ahead: Ahead | None = None
+
+    @contextmanager
+    def after(self, ahead: Ahead) -> Iterator[None]:
+        """The next forward in this thread does a BatchNorm (and an addition) first, and that forward alone: handed past Brevitas's
+        layers, which pass on one tensor."""
+        _ON_THE_WAY.ahead = self, ahead
+        try:
+            yield
+        finally:
+            _ON_THE_WAY.ahead = None, None
 
     def forward(self, x: Tensor):
-        ahead = self.ahead
-        if ahead is not None:  # torch's modules are slow to set an attribute
-            self.ahead = None
+        meant, ahead = getattr(_ON_THE_WAY, "ahead", (None, None))
+        if meant is self:
+            _ON_THE_WAY.ahead = None, None
+        else:
+            ahead = None
         activation, quantizer = self.activation_impl, self.tensor_quant
         if self.fuses():
             return quantizer(x, type(activation) is nn.ReLU, ahead)

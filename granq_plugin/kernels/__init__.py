@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from granq_plugin import functional as GF
 from granq_plugin.functional import GranQResult
@@ -85,9 +86,10 @@ def _triton_problem() -> str | None:
 
 
 def is_observed() -> bool:
-    """Whether something other than autograd looks at the operations: compilation, tracing, dispatch modes, function transforms."""
+    """Whether something other than backward looks at the operations: compilation, tracing, dispatch modes, function transforms,
+    forward-mode differentiation."""
     return bool(torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack()
-                or torch._C._are_functorch_transforms_active())
+                or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
 def granq(
@@ -136,7 +138,7 @@ def affine_quantize(
         chosen, layout = _choose(x, channel_axis, layout_for)
     if chosen != "eager":
         wide = torch.promote_types(x.dtype, torch.float32)
-        if all(t.dtype == wide and t.device == x.device and t.is_contiguous() and t.numel() == layout.channels
+        if all(t.dtype == wide and t.device == x.device and t.is_contiguous() and not t.is_neg() and t.numel() == layout.channels
                for t in (scale, zero_point)):
             return _frozen_kernel(chosen).affine_quantize(x, scale.detach(), zero_point.detach(), limits, layout, before, ahead)
     return GF.affine_quantize(before.apply(x, ahead), scale, zero_point, limits)
@@ -162,11 +164,11 @@ def _is_fused(x: Tensor, channel_axis: int, ahead: Ahead, chosen: str, layout: L
         return False
     if not all(
             t is None or (type(t) in _PLAIN and t.dtype == torch.float32 and t.device == x.device and t.is_contiguous()
-                          and t.numel() == x.shape[1]) for t in ahead[:4]):
+                          and not t.is_neg() and t.numel() == x.shape[1]) for t in ahead[:4]):
         return False
     y = ahead.residual
     if y is not None and not (type(y) in _PLAIN and y.dtype == x.dtype and y.device == x.device and y.shape == x.shape
-                              and y.stride() == x.stride()):
+                              and y.stride() == x.stride() and not y.is_neg()):
         return False
     return chosen == "triton" or _computes_batch_norm(x.dtype, layout.memory_format)
 
@@ -175,10 +177,10 @@ def _is_fused(x: Tensor, channel_axis: int, ahead: Ahead, chosen: str, layout: L
 def _computes_batch_norm(dtype: torch.dtype, memory_format: torch.memory_format) -> bool:
     """Whether the CPU kernel's BatchNorm and addition have the bits of torch's here: tried once, for they depend on the processor
     and on how torch was built. 16 bits and 256 ranges show a difference in the last place."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     spatial = (7, 3, 3) if memory_format == torch.channels_last_3d else (7, 9)
     x, residual = (draw(4, 64, *spatial).to(dtype).contiguous(memory_format=memory_format) for _ in range(2))
     ahead = Ahead(draw(64), draw(64).square() + 0.1, draw(64), draw(64), 1e-5, residual)

@@ -46,9 +46,9 @@ def _ahead(x: Tensor, ahead: Ahead | None) -> tuple[Tensor | None, Tensor | None
 def _forward(x: Tensor, bit_width: int, layout: Layout, before: Before, ahead: Ahead | None,
              needs_mask: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     y = torch.empty_like(x)
-    scale = torch.empty(layout.scale_shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    scale = torch.empty(layout.scale_shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     zero_point = torch.empty_like(scale)
-    mask = torch.empty(_mask_size(layout), dtype=torch.uint8) if needs_mask else None
+    mask = torch.empty(_mask_size(layout), dtype=torch.uint8, device=x.device) if needs_mask else None
     first = _ahead(x, ahead)
     native.library(x.dtype).granq_forward(
         x.data_ptr(), y.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), _pointer(mask), *map(_pointer, first), *layout[:4],
@@ -59,7 +59,7 @@ def _forward(x: Tensor, bit_width: int, layout: Layout, before: Before, ahead: A
 def _affine(x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int], layout: Layout, before: Before,
             ahead: Ahead | None, needs_mask: bool) -> tuple[Tensor, Tensor | None]:
     y = torch.empty_like(x)
-    mask = torch.empty(_mask_size(layout), dtype=torch.uint8) if needs_mask else None
+    mask = torch.empty(_mask_size(layout), dtype=torch.uint8, device=x.device) if needs_mask else None
     first = _ahead(x, ahead)
     native.library(x.dtype).frozen_forward(
         x.data_ptr(), y.data_ptr(), _pointer(mask), scale.data_ptr(), zero_point.data_ptr(), *map(_pointer, first), *layout[:4],
@@ -68,7 +68,7 @@ def _affine(x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int
 
 
 def _masked(grad: Tensor, mask: Tensor, scale: Tensor | None, layout: Layout) -> Tensor:
-    grad = grad.contiguous(memory_format=layout.memory_format)
+    grad = grad.resolve_neg().contiguous(memory_format=layout.memory_format)
     out = torch.empty_like(grad)
     native.library(grad.dtype).masked_backward(
         grad.data_ptr(), mask.data_ptr(), out.data_ptr(), _pointer(scale), *layout[:4], native.threads_for(grad))

@@ -103,6 +103,9 @@ def _ahead(ctx, grad: Tensor | None) -> tuple[Tensor | None, ...]:
 def _through(masked: Callable, grad: Tensor, mask: Tensor, scale: Tensor | None, layout: Layout) -> Tensor:
     if grad.requires_grad and torch.is_grad_enabled():
         return _Masked.apply(masked, grad, mask, scale, layout)
+    if not torch._C._has_storage(grad):  # a batch of gradients, as for a Jacobian: no kernel can read it
+        passes = masked(torch.ones(grad.shape, dtype=grad.dtype, device=mask.device), mask, scale, layout) != 0
+        return torch.where(passes, grad if scale is None else grad * scale / scale, 0)
     return masked(grad, mask, scale, layout)
 
 

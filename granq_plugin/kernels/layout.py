@@ -119,13 +119,13 @@ class Before(NamedTuple):
 @lru_cache(maxsize=256)
 def _limits(before: Before, dtype: torch.dtype) -> tuple[int, float, float, float, float, int]:
     def in_dtype(v: float) -> float:
-        return torch.tensor(v, dtype=dtype).item()
+        return torch.tensor(v, dtype=dtype, device="cpu").item()
 
     def beyond(limit: float, end: float) -> float:
         if not _gradient_passes_at_limits():
             return limit
         wide = torch.promote_types(dtype, torch.float32)
-        return torch.nextafter(torch.tensor(limit, dtype=wide), torch.tensor(end, dtype=wide)).item()
+        return torch.nextafter(*(torch.tensor(v, dtype=wide, device="cpu") for v in (limit, end))).item()
 
     low, high, above, below = -math.inf, math.inf, math.nan, math.nan
     if before.min_val is not None:
@@ -145,7 +145,7 @@ def _limits(before: Before, dtype: torch.dtype) -> tuple[int, float, float, floa
 def _gradient_passes_at_limits() -> bool:
     """Whether torch's clamp hands on the gradient of a value that equals a limit: it depends on the version."""
     with torch.enable_grad():
-        x = torch.ones((), requires_grad=True)
+        x = torch.ones((), requires_grad=True, device="cpu")
         return torch.autograd.grad(x.clamp(max=1.0), x)[0].item() != 0
 
 

@@ -90,7 +90,7 @@ def _built(dtype: torch.dtype) -> ctypes.CDLL | str:
             except _BuildError as e:
                 problem = f"{' '.join(command)} failed: {e}"
         return problem
-    except (OSError, subprocess.SubprocessError) as e:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as e:  # RuntimeError: there is no home directory
         return f"{type(e).__name__}: {e}"
 
 

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
 from torch import nn
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import oracles
@@ -222,6 +223,51 @@ class TestCompiled:
             results.append(torch.autograd.grad(grad.sum(), x)[0])
         oracles.assert_equal(*results)
 
+    def both_kernels(self, channels):
+        scale, zero_point = torch.rand(1, channels, 1, 1) + 0.1, torch.full((1, channels, 1, 1), 3.0)
+        before = Before(relu=True)
+        yield (lambda t: kernels.granq(t, 4, 1, before).value), (lambda t: GF.granq(t.relu(), 4).value)
+        yield (lambda t: kernels.affine_quantize(t, scale, zero_point, (0, 9), 1, before),
+               lambda t: GF.affine_quantize(t.relu(), scale, zero_point, (0, 9)))
+
+    def test_batches_of_gradients(self):
+        """As of a vectorized Jacobian; NaN where nothing passes stays out."""
+        x, incoming = torch.randn(2, 3, 5, 5), torch.randn(4, 2, 3, 5, 5)
+        incoming[0] = float("nan")
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            for functions in self.both_kernels(3):
+                leaf = x.contiguous(memory_format=memory_format).requires_grad_()
+                results = [torch.autograd.grad(f(leaf), leaf, incoming, is_grads_batched=True)[0] for f in functions]
+                oracles.assert_equal(*results)
+
+    def test_negated_views(self):
+        """Whose memory holds the opposite: gradients, scales and what is added."""
+        x = torch.randn(2, 3, 5, 5)
+        incoming, residual = torch._neg_view(torch.randn_like(x)), torch._neg_view(torch.randn_like(x))
+        for functions in self.both_kernels(3):
+            compare(*functions, (x, ), incoming)
+        scale, zero_point = torch._neg_view(torch.tensor([-0.5, -1, -2])), torch._neg_view(torch.zeros(3))
+        oracles.assert_equal(kernels.affine_quantize(x, scale.view(1, 3, 1, 1), zero_point.view(1, 3, 1, 1), (0, 9)),
+                             GF.affine_quantize(x, scale.view(1, 3, 1, 1), zero_point.view(1, 3, 1, 1), (0, 9)))
+        ahead = Ahead(torch.randn(3), torch.rand(3) + 0.1, torch._neg_view(torch.randn(3)), None, 1e-5)
+        for a in (ahead, ahead._replace(weight=torch.randn(3), residual=residual)):
+            oracles.assert_equal(kernels.granq(x, 3, 1, Before(), a).value, GF.granq(a.apply(x), 3).value)
+
+    def test_another_default_device_and_type(self):
+        """Decide nothing: in a new process, since answers are kept."""
+        code = ("import torch; from granq_plugin import kernels; from granq_plugin import functional as GF\n"
+                "from granq_plugin.kernels import Ahead, Before\n"
+                "x, r = torch.randn(2, 2, 3, 4, 4); x.requires_grad_(); s, z = torch.ones(1, 3, 1, 1), torch.zeros(1, 3, 1, 1)\n"
+                "a = Ahead(torch.randn(3), torch.rand(3) + 0.1, None, None, 1e-5, r)\n"
+                "torch.set_default_dtype(torch.float64)\n"
+                "for b in (Before(relu=True), Before(min_val=-0.5, max_val=0.5)):\n"
+                "    expected = [GF.granq(b.apply(x, a), 4), GF.affine_quantize(b.apply(x), s, z, (0, 3))]\n"
+                "    with torch.device('meta'):\n"
+                "        actual = [kernels.granq(x, 4, 1, b, a), kernels.affine_quantize(x, s, z, (0, 3), 1, b)]\n"
+                "        actual[1].sum().backward()\n"
+                "    print(all(map(torch.equal, actual[0], expected[0])), torch.equal(actual[1], expected[1]))\n")
+        assert run_python(code).split() == ["True"] * 4
+
     def test_any_number_of_threads(self):
         x = torch.randn(8, 24, 33, 33)
         expected = GF.granq(x, 4).value
@@ -236,6 +282,14 @@ class TestCompiled:
 
 
 class TestSteppingAside:
+
+    def test_forward_mode_differentiation(self):
+        """A kernel would drop the tangent."""
+        x = torch.randn(2, 3, 4, 4)
+        assert kernels.backend(x) == "compiled"
+        with forward_ad.dual_level():
+            assert kernels.backend(x) == "eager"
+        assert kernels.backend(x) == "compiled"
 
     def test_layouts_of_no_kernel(self):
         x = torch.randn(2, 4, 6, 8)
@@ -305,22 +359,26 @@ class TestForcing:
         with pytest.raises(RuntimeError, match="GRANQ_KERNEL=triton, but: Triton runs on a GPU, and x is on cpu"):
             kernels.granq(torch.randn(1, 2, 3), 4)
 
-    @pytest.mark.parametrize("broken", ["compiler", "flags", "folder", "shared"])
+    @pytest.mark.parametrize("broken", ["compiler", "flags", "folder", "shared", "home"])
     def test_without_a_kernel(self, monkeypatch, tmp_path, broken):
         """Eager results, and a reason that can be asked for; forced, an error that gives it."""
         folder, reason = tmp_path / "cache", {
-            "compiler": "no C\\+\\+ compiler", "flags": "failed", "folder": "Error", "shared": "other users"}[broken]
+            "compiler": "no C\\+\\+ compiler", "flags": "failed", "folder": "Error", "shared": "other users",
+            "home": "home"}[broken]
         if broken == "compiler":
             monkeypatch.setenv("PATH", str(tmp_path))
         elif broken == "flags":
             monkeypatch.setattr(native, "FLAGS", ("--no-such-flag", ))
         elif broken == "folder":
             folder.write_text("a file")
-        else:
+        elif broken == "shared":
             (folder / "granq-plugin").mkdir(parents=True)
             (folder / "granq-plugin").chmod(0o777)
         monkeypatch.delenv("CXX", raising=False)
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+        if broken == "home":  # as Path.home says it
+            monkeypatch.delenv("XDG_CACHE_HOME")
+            monkeypatch.setattr(Path, "home", classmethod(lambda cls: (_ for _ in ()).throw(RuntimeError("no home directory"))))
         native._built.cache_clear()
         try:
             x = torch.randn(2, 3, 4, 4)
