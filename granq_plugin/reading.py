@@ -107,7 +107,7 @@ def load_torch(path: str | Path) -> Any:
         value = torch.load(path, map_location="cpu", weights_only=True)
         _check_tensors(value)
     except pickle.UnpicklingError as e:  # torch's own words advise to switch its protection off
-        raise ValueError(f"{str(path)!r} is damaged, or holds more than tensors and plain values") from e
+        raise ValueError(f"{str(path)!r} is damaged, or holds more than tensors and plain values, such as a whole module") from e
     except Exception as e:  # a damaged file raises anything, from EOFError to zlib's own class
         reason, _, _ = reason_of(e).partition(". ")  # torch goes on about how files come to be so
         raise ValueError(f"{str(path)!r} is damaged: {reason}") from e

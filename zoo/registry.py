@@ -56,9 +56,8 @@ def get_card(name: str, zoo_dir: str | Path | None = None) -> Card:
     names = list_models("*", zoo_dir)
     if name not in names:
         near = difflib.get_close_matches(name, names, cutoff=0.3)
-        if near:
-            raise ValueError(f"no zoo entry {name!r}; did you mean: {', '.join(near)}")
-        raise ValueError(f"no zoo entry {name!r}; granq zoo list (zoo.list_models()) shows all {len(names)}")
+        words = f"did you mean: {', '.join(near)}" if near else f"granq zoo list (zoo.list_models()) shows all {len(names)}"
+        raise ValueError(f"no zoo entry {name!r}; {words}; a network of your own is module:function or a card file PATH.toml")
     return Card.from_toml(name, _root(zoo_dir).joinpath("cards", f"{name}.toml").read_text(encoding="utf-8"))
 
 
@@ -76,6 +75,8 @@ def card_of(reference: str, dataset: str | None = None) -> Card:
             got = "" if dataset is None else f", got {dataset!r}"
             raise ValueError(f"{reference!r} needs a data set (--dataset), one of {', '.join(DATASETS)}{got}; for others, or other "
                              "preprocessing, write a card file")
+        if reference.split(":")[0].endswith(".py"):
+            raise ValueError(f"{reference!r}: module:function has no '.py', as in {reference.replace('.py:', ':')!r}")
         num_classes, preprocessing = DATASETS[dataset]
         return Card(reference.split(":")[1], reference, dataset, num_classes, preprocessing)
     card = get_card(reference)

@@ -21,8 +21,8 @@ def sha256(path: str | Path) -> str:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict: ``.safetensors``, or a torch file (only tensors are unpickled), possibly under a "state_dict" key and
-    with the ``module.`` prefix of DataParallel.
+    """Read a state dict: ``.safetensors``, or a torch file (only tensors are unpickled), possibly under a key "state_dict" or
+    "model", and with the ``module.`` prefix of DataParallel.
 
     Raises:
         FileNotFoundError: if there is no such file. ValueError: if it holds no state dict.
@@ -37,10 +37,12 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     except Exception as e:  # safetensors' own class, or whatever its conversion to tensors raises
         reason = reason_of(e).removeprefix(f"{str(path)!r} is ")
         raise ValueError(f"{str(path)!r} is not a readable weights file (.safetensors or a torch state dict): {reason}") from e
-    if isinstance(entries, dict) and isinstance(entries.get("state_dict"), dict):
-        entries = entries["state_dict"]
+    for key in ("state_dict", "model"):
+        if isinstance(entries, dict) and isinstance(entries.get(key), dict):
+            entries = entries[key]
     if not isinstance(entries, dict) or not entries or not all(isinstance(v, Tensor) for v in entries.values()):
-        raise ValueError(f"{str(path)!r} holds no state dict (a dict of names to tensors)")
+        keys = f", but {', '.join(sorted(map(repr, entries))[:5])}" if isinstance(entries, dict) and entries else ""
+        raise ValueError(f"{str(path)!r} holds no state dict (a dict of names to tensors){keys}; save model.state_dict()")
     return {str(k).removeprefix("module."): v for k, v in entries.items()}
 
 

@@ -64,10 +64,13 @@ def export(run_dir, file_format, out, top_k, dynamo) -> None:
               help="Folder with the test images; the digits need none.")
 @click.option("--count", type=click.IntRange(min=1), default=1000, show_default=True,
               help="How many of them, drawn with a fixed seed.")
+@click.option("--images", "images_file", type=click.Path(path_type=Path), metavar="FILE",
+              help="Instead of --data: images.safetensors of a run with memory_size, which need no data.")
 @click.option("--executor", "executors", type=click.Choice(["onnxruntime", "qonnx", "hls4ml"]), multiple=True,
               default=("onnxruntime", "qonnx"), show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=50, show_default=True)
-def verify(file, run_dir, data, count, executors, batch_size) -> None:
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch [default: torch's].")
+def verify(file, run_dir, data, count, images_file, executors, batch_size, threads) -> None:
     """Compare an exported FILE with its torch network.
 
     Both run on the same images; the exit code is 1 unless they agree. They agree if every activation's integers are equal, each
@@ -78,6 +81,7 @@ def verify(file, run_dir, data, count, executors, batch_size) -> None:
     \b
     Example:
       granq verify w4a4.onnx --model runs/w4a4 --data DIR
+      granq verify w4a4.onnx --model runs/w4a4 --images runs/w4a4/images.safetensors
       granq verify finn.onnx --model runs/folded --data DIR --executor hls4ml --count 100
     """
     import torch
@@ -87,13 +91,20 @@ def verify(file, run_dir, data, count, executors, batch_size) -> None:
         from granq_plugin.export import verify as verify_file
         from granq_plugin.export.files import read_onnx
         from zoo.evaluate import input_batches
+        from zoo.qat import read_images
         from zoo.students import load_run
+        if threads:
+            torch.set_num_threads(threads)
         read_onnx(file)  # a damaged file is told before work starts
         student, network, _ = load_run(run_dir)
-        chosen = zoo.data.load_images(data, student.card.dataset, card=student.card).subset(count)
-        images = torch.cat(list(input_batches(chosen.images, student.card.preprocessing, 1000)))
+        if images_file is not None:
+            images, labels = read_images(images_file), None
+            images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]].float()
+        else:
+            chosen = zoo.data.load_images(data, student.card.dataset, card=student.card).subset(count)
+            images, labels = torch.cat(list(input_batches(chosen.images, student.card.preprocessing, 1000))), chosen.labels
         with tqdm(total=len(images) * len(executors), unit="img", disable=None) as bar:
-            result = verify_file(file, network, images, labels=chosen.labels, executors=executors, batch_size=batch_size,
+            result = verify_file(file, network, images, labels=labels, executors=executors, batch_size=batch_size,
                                  progress=bar.update)
     click.echo(str(result))
     click.echo(f"{file}: verified" if result.agrees else f"{file}: NOT verified; was it exported from {run_dir}?")

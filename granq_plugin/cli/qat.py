@@ -47,7 +47,8 @@ def _settings_text() -> str:
               help="Ranges of static and folded activations: ema, minmax, or mse, of least squared error, which clips outliers.")
 @click.option("--learned-scale", is_flag=True, help="With static activations: frozen scales go on learning.")
 @click.option("--preset", "preset_name", metavar="NAME", shell_complete=complete_presets,
-              help="Named settings  [default: the card's, or the data set's fast ones].")
+              help="Named settings, fitted to the network's image size, channels and classes  [default: the card's, or the data "
+              "set's fast ones].")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE",
               help="TOML file of settings that differ from the preset's.")
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="One more setting; may be repeated.")
@@ -113,9 +114,11 @@ def qat(name, out, weights, dataset, weight_bits, act_bits, activations, weight_
         test_set = test_set.subset(count) if test_set and count else test_set
         writer = _tensorboard(out) if tensorboard and parallel.rank() == 0 else None
 
+    mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (card.preprocessing.mean, card.preprocessing.std))
+    normalization = f"mean {mean}, std {std}"
+
     def on_float_top1(top1: float) -> None:
-        mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (card.preprocessing.mean, card.preprocessing.std))
-        bar.write(f"float {card.name}: top-1 {top1:.2f} % ({len(test_set)} test images, normalized with mean {mean}, std {std})",
+        bar.write(f"float {card.name}: top-1 {top1:.2f} % ({len(test_set)} test images, normalized with {normalization})",
                   file=sys.stderr)
 
     def on_epoch(row: dict) -> None:
@@ -133,6 +136,9 @@ def qat(name, out, weights, dataset, weight_bits, act_bits, activations, weight_
                                 f"agreement {float(log['agreement']):.0%}", refresh=False)
 
     with tqdm(total=config.total_iterations, unit="it", disable=parallel.rank() > 0 or None) as bar, input_errors():
+        if test_set is None and parallel.rank() == 0:
+            bar.write(f"{card.name}: takes images normalized with {normalization}; its accuracy is not known without --data",
+                      file=sys.stderr)
         if resume and parallel.rank() == 0:
             words = "goes on from the last checkpoint" if (out / "checkpoint.pt").is_file() else "no checkpoint: from the beginning"
             bar.write(f"{out}: {words}", file=sys.stderr)
@@ -151,16 +157,18 @@ def qat(name, out, weights, dataset, weight_bits, act_bits, activations, weight_
 
 
 def _settings(card, preset_name: str | None, config_file: Path | None, assignments: tuple[str, ...]):
-    """Preset (if nobody chose one, fitted to the card), then file, then single settings; classes must match the card's."""
-    from granq_plugin.zero_shot import preset
-    config = preset(preset_name or card.preset or f"{card.dataset}_fast")
-    if preset_name is None:
-        config = config.replace(num_classes=card.num_classes, image_size=card.preprocessing.image_size,
-                                image_channels=card.preprocessing.channels)
+    """Preset, fitted to the card, then file, then single settings; classes and channels must match the card's."""
+    from granq_plugin.zero_shot import PRESETS, preset
+    images = card.preprocessing
+    fast = f"{card.dataset}_fast"
+    if fast not in PRESETS:  # a data set of the user's own
+        fast = "cifar10_fast" if images.image_size < 64 else "imagenet_resnet18"
+    config = preset(preset_name or card.preset or fast, num_classes=card.num_classes, image_size=images.image_size,
+                    image_channels=images.channels)
     config = settings_from(config, config_file, assignments)
-    if config.num_classes != card.num_classes:
-        raise ValueError(f"the settings{f' (preset {preset_name})' if preset_name else ''} are for {config.num_classes} classes, "
-                         f"{card.name} has {card.num_classes}: --set num_classes={card.num_classes}")
+    for setting, has in (("num_classes", card.num_classes), ("image_channels", images.channels)):
+        if getattr(config, setting) != has:
+            raise ValueError(f"{setting} is set to {getattr(config, setting)}, {card.name} has {has}")
     return config
 
 

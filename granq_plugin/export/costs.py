@@ -111,7 +111,8 @@ def _report(proto, path: str | Path) -> CostReport:
     shapes = {i.name: [d.dim_value or 1 for d in i.type.tensor_type.shape.dim] for i in proto.graph.input}
     batch = next(iter(shapes.values()))[0]
     graph = ModelWrapper(with_input_shapes(proto, shapes)).transform(GiveUniqueNodeNames())
-    nodes = [n for n in graph.graph.node if n.op_type in MAC_OPS]
+    place = {n.output[0]: i for i, n in enumerate(proto.graph.node)}  # qonnx sorts branches into another order
+    nodes = sorted((n for n in graph.graph.node if n.op_type in MAC_OPS), key=lambda n: place.get(n.output[0], len(place)))
     if not nodes:
         raise ValueError(f"{str(path)!r} holds no convolution, linear layer or matrix product")
     for tensor, shape in _shapes_in_a_run(proto, shapes, [t for n in nodes for t in (*n.input[:2], n.output[0])]).items():

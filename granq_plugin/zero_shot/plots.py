@@ -69,7 +69,7 @@ def plot_curves(metrics: Sequence[dict], path: str | Path) -> None:
                 marker = "o" if len(points) < 30 else None
                 axis.plot(*zip(*points), style, marker=marker, markersize=3, label=label)
         axis.set(title=title, xlabel="iterations")
-        if logarithmic:
+        if logarithmic and any(y > 0 for line in axis.lines for y in line.get_ydata()):
             axis.set_yscale("log")
             low, high = axis.get_ylim()  # a decade and less: evenly spaced numbers
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(5))

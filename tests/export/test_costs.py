@@ -43,6 +43,28 @@ def test_counts_by_hand(tmp_path, export, static, dynamo):
     assert all(label in text for label in ("at 8 bit", "at float32", "6,912", f"{totals['bit_operations']:,}"))
 
 
+class Block(nn.Module):
+    """Its shortcut is called last, and comes first in qonnx's order."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.relu1, self.relu2, self.short = nn.ReLU(), nn.ReLU(), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        y = self.conv2(self.relu1(self.conv1(x)))
+        return self.relu2(y + self.short(x))
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.parametrize("export", [export_qonnx, export_qcdq])
+def test_branches_keep_their_names_and_bits(tmp_path, export, dynamo):
+    net = quantize(Block().eval(), 4, 4, overrides={"short": {"weight_bit_width": 8}})
+    result = report(export(net, images32(0, 1), tmp_path / "m.onnx", dynamo=dynamo))
+    assert [(c.name, c.weights, c.weight_bits) for c in result.layers] == [
+        ("conv1", 108, 4), ("conv2", 144, 4), ("short", 12, 8)]
+
+
 def test_batches_do_not_count(tmp_path):
     single, batch = (report(export_qonnx(small(), images32(0, b), tmp_path / "m.onnx", dynamic_batch=False)) for b in (1, 4))
     assert single.layers == batch.layers

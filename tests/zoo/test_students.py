@@ -208,9 +208,16 @@ def test_a_network_of_the_working_folder_goes_all_the_way(tmp_path, monkeypatch,
     # the same network with more classes: settings follow the card, and those that are given must fit it
     (tmp_path / "more.toml").write_text((tmp_path / "run/card.toml").read_text().replace("num_classes = 10", "num_classes = 12"))
     torch.save(net(12).state_dict(), "w12.pt")
-    for settings, code in ([], 0), (["--preset", "digits_fast"], 2), (["--preset", "digits_fast", "--set=num_classes=12"], 0):
+    for settings, code in ([], 0), (["--preset", "digits_fast", "--set=num_classes=10"], 2), (["--preset", "cifar10_fast"], 0):
         out = f"run{len(settings)}"
         assert granq(["qat", "more.toml", "--weights", "w12.pt", "--out", out, *SHORT, *settings]) == code
         if code:
-            said = "the settings (preset digits_fast) are for 10 classes, more has 12: --set num_classes=12"
-            assert said in capsys.readouterr().err
+            assert "num_classes is set to 10, more has 12" in capsys.readouterr().err
+    # data of one's own, of which nothing is known but what the card says
+    (tmp_path / "own.toml").write_text((tmp_path / "more.toml").read_text().replace('"digits"', '"my_data"'))
+    assert granq(["qat", "own.toml", "--weights", "w12.pt", "--out", "own", *SHORT]) == 0
+    assert "own: takes images normalized with mean " in capsys.readouterr().err
+    student, network, _ = load_run("own")
+    assert network(student.example_input()).shape[1:] == (12, )
+    assert granq(["export", "own", "--format", "qcdq", "--out", "own.onnx"]) == 0
+    assert granq(["verify", "own.onnx", "--model", "own", "--images", "own/images.safetensors", "--threads", "1"]) == 0

@@ -23,7 +23,8 @@ def equal(a, b):
 def test_layouts(tmp_path):
     source = net(1)
     state = {k: v for k, v in source.state_dict().items() if "num_batches" not in k}
-    layouts = {"plain.pt": state, "checkpoint.th": {"state_dict": {f"module.{k}": v for k, v in state.items()}, "best": 91.7}}
+    layouts = {"plain.pt": state, "checkpoint.th": {"state_dict": {f"module.{k}": v for k, v in state.items()}, "best": 91.7},
+               "model.pt": {"model": state, "epoch": 3}}
     for name, content in layouts.items():
         torch.save(content, tmp_path / name)
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors (zoo extra) is not installed")
