@@ -50,6 +50,7 @@ def run(args, capsys):
      dict(weight_bit_width=3, act_bit_width=5, weight_regime="per-kernel", activations="dynamic")),
     (["--static", "--calibration-images", 8, "--weight-regime", "per-output-channel-symmetric"],
      dict(activations="static", calibration_images=8)),
+    (["--count", 12], dict(images=12)),
 ])
 def test_evaluate_prints_and_writes_the_same_result(folder, capsys, monkeypatch, options, expected):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: not options)
@@ -59,7 +60,7 @@ def test_evaluate_prints_and_writes_the_same_result(folder, capsys, monkeypatch,
     assert code == 0, err
     report = json.loads((folder / "out.json").read_text())
     assert expected.items() <= report.items()
-    assert report["images"] == 40 and len(report["weights_sha256"]) == 64
+    assert report["images"] == expected.get("images", 40) and len(report["weights_sha256"]) == 64
     for label in ("float", "quantized"):
         assert f"{label:9} top-1 {report[f'{label}_top1']:6.2f} %" in out
     assert f"W{report['weight_bit_width']}A{report['act_bit_width']}" in out

@@ -24,6 +24,8 @@ __all__ = ["evaluate"]
               help="How many of them, drawn with a fixed seed.")
 @click.option("--data", type=click.Path(path_type=Path), metavar="DIR", envvar="GRANQ_DATA", show_envvar=True,
               help="Folder with the test images: DATASET/test.npz, or torchvision's folders; the digits need none.")
+@click.option("--count", type=click.IntRange(min=1), metavar="N",
+              help="Evaluate on N of the test images, drawn with a fixed seed  [default: all].")
 @click.option("--weights", type=click.Path(path_type=Path), metavar="FILE",
               help="Float weights: .safetensors or a torch state dict  [default: those that the zoo ships].")
 @click.option("--dataset", metavar="NAME", help="For module:function: the data set (cifar10, cifar100, digits, imagenet).")
@@ -31,7 +33,7 @@ __all__ = ["evaluate"]
 @click.option("--device", default="cpu", show_default=True, help="torch device, e.g. cuda.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's].")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Also write the result there.")
-def evaluate(name, weight_bits, act_bits, weight_regime, static, calibration_data, calibration_images, data, weights,
+def evaluate(name, weight_bits, act_bits, weight_regime, static, calibration_data, calibration_images, data, count, weights,
              dataset, batch_size, device, threads, json_path) -> None:
     """Quantize a network without training, and evaluate it.
 
@@ -67,6 +69,7 @@ def evaluate(name, weight_bits, act_bits, weight_regime, static, calibration_dat
         if threads:
             torch.set_num_threads(threads)
         test_set = zoo.data.load_images(data, card.dataset, card=card)
+        test_set = test_set.subset(count) if count else test_set
         model, weights_sha256 = teacher_of(card, weights)
         quantized = granq_plugin.quantize(
             model, weight_bits, act_bits, weight_quant=getattr(granq_plugin, WEIGHT_REGIMES[weight_regime]))
