@@ -2,10 +2,13 @@
 
 import inspect
 import operator
+import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from brevitas.nn.mixin.base import QuantLayerMixin
@@ -16,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_map
 
 from granq_plugin.core.proxy import FusedActivation, GranQActProxy, has_hooks
-from granq_plugin.kernels import Ahead
+from granq_plugin.kernels import Ahead, is_observed
 from granq_plugin.relus import flattened, trace
 from granq_plugin.snapshot import Snapshot
 
@@ -99,7 +102,8 @@ class FusedModel(nn.Module):
 
     def _try(self, args: tuple) -> bool:
         """Compare trace and model, unless somebody looks, who would see calls that are none; whether it was done."""
-        if _is_watched(*self.model.modules()) or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        if (_is_watched(*self.model.modules()) or is_observed()
+                or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())):
             return False
         with _TRYING:
             if self._untried:
@@ -151,9 +155,9 @@ def _traced(model: nn.Module) -> fx.GraphModule | None:
     """The model's trace, where it loses nothing; the model stays as it is."""
     snapshot = Snapshot(model)
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with _random_numbers_kept() as drawn, torch.enable_grad():
             graph = trace(model, _LEAVES, strict=True)
-        unchanged = snapshot.holds()
+            unchanged = snapshot.holds() and not drawn()
     except Exception:  # tracing runs the user's forward: anything may come out of it
         return None
     finally:
@@ -169,18 +173,32 @@ def _same_outputs(model: nn.Module, graph: nn.Module, args: tuple) -> bool:
 
     snapshot, outputs = Snapshot(model), []
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            random = torch.get_rng_state()
-            for module in (graph, model):
-                torch.set_rng_state(random)
+        for module in (graph, model):
+            with torch.no_grad(), _random_numbers_kept():
                 outputs.append(module(*tree_map(few, args)))
-                snapshot.restore()
+            snapshot.restore()
         torch.testing.assert_close(*outputs, rtol=0, atol=0, equal_nan=True)
         return True
     except Exception:  # of either, for the model to raise itself if it is its own
         return False
     finally:
         snapshot.restore()
+
+
+@contextmanager
+def _random_numbers_kept() -> Iterator[Callable[[], bool]]:
+    """Who draws random numbers afterwards, on the CPU, draws those that would have come. Yields whether any were drawn."""
+    def states() -> tuple:
+        _, keys, *more = numpys = np.random.get_state()  # noqa: NPY002 (a user's forward may draw from it)
+        return (random.getstate(), keys.tobytes(), more, torch.get_rng_state().numpy().tobytes()), numpys
+
+    before, of_numpy = states()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield lambda: states()[0] != before
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(of_numpy)  # noqa: NPY002
 
 
 def _is_watched(*modules: nn.Module) -> bool:

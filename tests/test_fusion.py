@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import brevitas.nn as qnn
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -308,6 +309,13 @@ class TestWhoeverLooksBetween:
         model[2] = Twice(gq.GranQActPerChannel, bit_width=3)
         assert fuse_batch_norm(model) is model
 
+    def test_transforms_of_functions(self, fused_calls):
+        model = net()
+        whole = fuse_batch_norm(model)
+        outputs = [torch.func.vmap(lambda t: m(t[None])[0])(self.x) for m in (whole, model)]  # noqa: B023
+        oracles.assert_equal(*outputs)
+        self.check(model, fused_calls, True, whole)
+
     def test_threads(self):
         """Each has its own BatchNorm ahead, and its own residual."""
         model = quantized(networks.teacher_network())
@@ -403,6 +411,12 @@ class Own(nn.Module):
     def python_randomness(self, x):
         return self.plain(x) * random.random()
 
+    def numpy_randomness(self, x):
+        return self.plain(x) * (1 if np.random.rand() < 0.5 else 2)  # noqa: NPY002
+
+    def torch_randomness(self, x):
+        return self.plain(x) * (1 if torch.rand(()) < 0.5 else 2)
+
     def type_of_the_input(self, x):
         return self.plain(x * 2 if isinstance(x, torch.Tensor) else x)
 
@@ -416,7 +430,8 @@ class Own(nn.Module):
 
 FORMS = [f.replace("_", " ") for f in vars(Own) if not f.startswith("_") and f != "forward"]
 UNFUSED = {"sum with itself", "sum with itself in place", "input written to by a module", "input written to before the sum",
-           "no gradients", "autocast", "count calls", "keep what was seen", "write to statistics"}
+           "no gradients", "autocast", "count calls", "keep what was seen", "write to statistics", "python randomness",
+           "numpy randomness", "torch randomness"}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -431,11 +446,12 @@ def test_forwards_that_a_trace_might_get_wrong(form):
     fused = fuse_batch_norm(model)
     assert (fused is model) == (form in UNFUSED) and torch.equal(torch.get_rng_state(), state)
     x = torch.randn(3, 3, 5, 5)
-    for _ in range(3):
+    for i in range(4):
         results = []
         for m, parameters in ((fused, model), (twin, twin)):
-            torch.manual_seed(1)
-            random.seed(1)
+            torch.manual_seed(i)
+            random.seed(i)
+            np.random.seed(i)  # noqa: NPY002
             if form.startswith("input written to"):  # whose gradients torch refuses, and rightly
                 results.append([torch.no_grad()(m)(x)])
                 continue
