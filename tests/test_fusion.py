@@ -312,8 +312,11 @@ class TestWhoeverLooksBetween:
     def test_transforms_of_functions(self, fused_calls):
         model = net()
         whole = fuse_batch_norm(model)
-        outputs = [torch.func.vmap(lambda t: m(t[None])[0])(self.x) for m in (whole, model)]  # noqa: B023
-        oracles.assert_equal(*outputs)
+        try:
+            expected = torch.func.vmap(lambda t: model(t[None])[0])(self.x)
+        except RuntimeError as e:
+            pytest.skip(f"this torch cannot do it with Brevitas: {e}")
+        oracles.assert_equal(torch.func.vmap(lambda t: whole(t[None])[0])(self.x), expected)
         self.check(model, fused_calls, True, whole)
 
     def test_threads(self):
