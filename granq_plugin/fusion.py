@@ -82,7 +82,7 @@ class FusedModel(nn.Module):
         self.model, self.graph = model, fused
         self.training = model.training
         self._untried = (graph, )  # in a tuple, as below, so that it is no submodule
-        self._agrees = True
+        self._agrees = False
         self._required = sum(p.default is p.empty for p in inspect.signature(model.forward).parameters.values())
         self._flattened = tuple(flattened(model, _LEAVES))
         self._traced = self._state()
@@ -91,8 +91,8 @@ class FusedModel(nn.Module):
         if (torch.compiler.is_compiling() or kwargs or len(args) != self._required or _is_watched(*self._flattened)
                 or self._state() != self._traced):
             return self.model(*args, **kwargs)
-        if self._untried and not self._try(args):
-            return self.model(*args)
+        if self._untried:
+            self._try(args)
         return (self.graph if self._agrees else self.model)(*args)
 
     def _state(self) -> list[tuple]:
@@ -100,16 +100,15 @@ class FusedModel(nn.Module):
         return [(m.training, *(tuple(map(id, d.values())) for d in (m._modules, m._parameters, m._buffers)))
                 for m in self._flattened]
 
-    def _try(self, args: tuple) -> bool:
-        """Compare trace and model, unless somebody looks, who would see calls that are none; whether it was done."""
+    def _try(self, args: tuple) -> None:
+        """Compare trace and model, unless somebody looks, who would see calls that are none."""
         if (_is_watched(*self.model.modules()) or is_observed()
                 or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())):
-            return False
+            return
         with _TRYING:
             if self._untried:
                 self._agrees = _same_outputs(self.model, self._untried[0], args)
                 self._untried = ()
-        return True
 
 
 def fuse_batch_norm(model: nn.Module) -> nn.Module:

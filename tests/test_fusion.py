@@ -342,7 +342,7 @@ class Own(nn.Module):
         self.conv, self.norm, self.relu, self.form = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), form
         self.register_buffer("count", torch.ones(()))
         self.add = nn.Identity()
-        self.written, self.seen, self.factor = nn.ReLU(inplace=True), [], 1.0
+        self.written, self.seen = nn.ReLU(inplace=True), []
 
     def forward(self, x):
         return getattr(self, self.form.replace(" ", "_"))(x)

@@ -6,7 +6,6 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,9 +13,7 @@ from torch import Tensor
 
 from granq_plugin.reading import existing_file, reason_of
 from zoo.card import DATASETS, Card
-
-if TYPE_CHECKING:
-    from zoo.image_folder import FolderImages
+from zoo.image_folder import FolderImages, class_folders, fixed_order, read_folder
 
 __all__ = ["BUNDLED", "ImageSet", "in_memory", "load_digits", "load_images", "read_npz"]
 
@@ -50,17 +47,14 @@ class ImageSet:
 
     def subset(self, count: int, seed: int = 0) -> "ImageSet":
         """``count`` images (all, if there are fewer), drawn without replacement; the same ones for the same seed."""
-        return self._of(self._order(seed)[:count])
+        return self._of(fixed_order(len(self), seed)[:count])
 
     def split(self, count: int, seed: int = 0) -> tuple["ImageSet", "ImageSet"]:
         """All other images, and the ``count`` that :meth:`subset` draws. Raises a ValueError if none would be left."""
         if count >= len(self):
             raise ValueError(f"cannot hold out {count} of the {len(self)} images of {self.source!r}")
-        order = self._order(seed)
+        order = fixed_order(len(self), seed)
         return self._of(order[count:]), self._of(order[:count])
-
-    def _order(self, seed: int) -> Tensor:
-        return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
 
     def _of(self, chosen: Tensor) -> "ImageSet":
         return replace(self, images=self.images[chosen], labels=self.labels[chosen])
@@ -172,7 +166,6 @@ def load_images(
     elif download:
         raise ValueError(f"{dataset} cannot be downloaded, only {', '.join(_TORCHVISION)} can")
     if card is not None:
-        from zoo.image_folder import class_folders, read_folder
         names = [split, "val"] if split == "test" else [split]
         candidates = [root / dataset / n for n in names] + [root / n for n in names]
         looked_for += [f"{p}/CLASS/*" for p in candidates] + ([f"{root / dataset}/val*/CLASS/*"] if split == "test" else [])

@@ -13,12 +13,17 @@ from torch import Tensor
 from granq_plugin.reading import reason_of
 from zoo.card import Preprocessing
 
-__all__ = ["FolderImages", "class_folders", "read_folder"]
+__all__ = ["FolderImages", "class_folders", "fixed_order", "read_folder"]
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")  # as torchvision's ImageFolder, in lower case
 
 MOST_PIXELS = 2**26
 """Of an image, decoded or resized: 200 MB."""
+
+
+def fixed_order(count: int, seed: int = 0) -> Tensor:
+    """The numbers below ``count`` in an order that is random, and the same for the same seed: its first are a sample."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class FolderImages:
 
     def subset(self, count: int, seed: int = 0) -> "FolderImages":
         """``count`` images (all, if there are fewer), drawn without replacement; the same ones for the same seed."""
-        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
+        chosen = fixed_order(len(self), seed)[:count]
         return replace(self, files=tuple(self.files[i] for i in chosen), labels=self.labels[chosen])
 
     def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:

@@ -91,6 +91,7 @@ def verify(file, run_dir, data, count, images_file, executors, batch_size, threa
         from granq_plugin.export import verify as verify_file
         from granq_plugin.export.files import read_onnx
         from zoo.evaluate import input_batches
+        from zoo.image_folder import fixed_order
         from zoo.qat import read_images
         from zoo.students import load_run
         if threads:
@@ -99,7 +100,7 @@ def verify(file, run_dir, data, count, images_file, executors, batch_size, threa
         student, network, _ = load_run(run_dir)
         if images_file is not None:
             images, labels = read_images(images_file), None
-            images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]].float()
+            images = images[fixed_order(len(images))[:count]].float()
         else:
             chosen = zoo.data.load_images(data, student.card.dataset, card=student.card).subset(count)
             images, labels = torch.cat(list(input_batches(chosen.images, student.card.preprocessing, 1000))), chosen.labels
