@@ -21,7 +21,8 @@ from granq_plugin.atomic import atomic_path
 
 RESULTS = Path(__file__).parent / "results"
 MARKER = "evaluate: written by python -m benchmarks.evaluate"
-KINDS = ("loading", "float", "dynamic", "static", "folded")
+QUANTIZED = ("dynamic", "static", "folded")
+KINDS = ("loading", "float", *QUANTIZED)
 FORMATS = ("contiguous_format", "channels_last")
 FIELDS = ("device", "threads", "memory_format", "network", "images", "batch_size", "images_per_second", "ratio", "spread",
           "repeats")
@@ -81,20 +82,21 @@ def table(rows: list[dict]) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Bars of images per second, without loading."""
+    """Bars of the share of float's images per second."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
     settings = list(dict.fromkeys((r["device"], r["threads"], r["memory_format"]) for r in rows))
     for i, setting in enumerate(settings):
-        chosen = {r["network"]: float(r["images_per_second"]) for r in rows
-                  if (r["device"], r["threads"], r["memory_format"]) == setting}
-        places = [k + i / (len(settings) + 1) for k in range(len(KINDS) - 1)]
-        axes.bar(places, [chosen[k] for k in KINDS[1:]], 1 / (len(settings) + 1), label=", ".join(setting[::2]))
-    axes.set_xticks([k + (len(settings) - 1) / 2 / (len(settings) + 1) for k in range(len(KINDS) - 1)], KINDS[1:])
-    axes.set_ylabel("images per second")
-    axes.legend()
+        share = {r["network"]: 100 * float(r["ratio"]) for r in rows
+                 if (r["device"], r["threads"], r["memory_format"]) == setting}
+        places = [k + i / (len(settings) + 1) for k in range(len(QUANTIZED))]
+        axes.bar(places, [share[k] for k in QUANTIZED], 1 / (len(settings) + 1), label=", ".join(setting[::2]))
+    axes.axhline(100, color="black", linestyle="--", linewidth=1)
+    axes.set_xticks([k + (len(settings) - 1) / 2 / (len(settings) + 1) for k in range(len(QUANTIZED))], QUANTIZED)
+    axes.set_ylabel("images/s, % of float")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     with atomic_path(path) as part:
         figure.savefig(part, dpi=110, format="png")
     plt.close(figure)

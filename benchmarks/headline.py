@@ -56,7 +56,7 @@ def table(lines: dict[str, dict[tuple[str, int], float]], speeds: list[str]) -> 
     return "\n".join([*text, "", *(f"- {s}" for s in speeds)])
 
 
-def speeds(quantizer: list[dict], recipe: list[dict], evaluate: list[dict], ladder: list[dict]) -> list[str]:
+def speeds(quantizer: list[dict], recipe: list[dict], evaluate: list[dict], ladder: list[dict], on_gpu: list[dict]) -> list[str]:
     """Sentences about the exported files and about time, from the rows of the other commands."""
     ratio = {(r["shape"], r["mode"], r["method"]): float(r["ratio_to_clone"]) for r in quantizer}
     faster = [ratio[s, "forward", "brevitas_per_tensor"] / ratio[s, "forward", "granq"] for s in ("64x64x32x32", "16x256x56x56")]
@@ -67,6 +67,10 @@ def speeds(quantizer: list[dict], recipe: list[dict], evaluate: list[dict], ladd
     for r in recipe:
         if r["compile"] == "cudagraphs":
             recorded.setdefault(r["device"], []).append(float(r["ratio"]))
+    copies: dict[tuple[str, ...], list[float]] = {}
+    for r in on_gpu:
+        if (r["mode"], r["launch"]) == ("forward", "graph"):
+            copies.setdefault((r["device"], r["method"], r["memory_format"]), []).append(float(r["ratio_to_clone"]))
     shares = [100 * float(r["ratio"]) for r in evaluate if (r["device"], r["network"]) == ("cpu", "dynamic")]
     return [
         f"Exported files ({len(files)}, in onnxruntime): the torch network's top-1 class on {same:,} of {of:,} images.",
@@ -74,7 +78,11 @@ def speeds(quantizer: list[dict], recipe: list[dict], evaluate: list[dict], ladd
         f"zero-shot QAT {_span(loops, 1)} times as fast as the published loop; a dynamic network evaluates {_span(shares, 0)} % of "
         "the images per second of its float one.",
         *(f"{device}: zero-shot QAT from CUDA graphs is {_span(ratios, 1)} times as fast as the published loop."
-          for device, ratios in recorded.items())]
+          for device, ratios in recorded.items()),
+        *(f"{device}: the activation quantizer's forward takes {_span(ratios, 2)} times as long as copying the tensor "
+          f"(channels_last {_span(copies[device, 'granq', 'channels_last'], 2)}), the published formula "
+          f"{_span(copies[device, 'published', layout], 1)}."
+          for (device, method, layout), ratios in copies.items() if (method, layout) == ("granq", "contiguous_format"))]
 
 
 def _span(values: list[float], digits: int) -> str:
@@ -85,7 +93,7 @@ def _span(values: list[float], digits: int) -> str:
 def current() -> str:
     """The table of the results that are there."""
     return table(accuracies(), speeds(*(read(RESULTS / f"{name}.csv") for name in (
-        "quantizer", "recipe", "evaluate", "export_ladder"))))
+        "quantizer", "recipe", "evaluate", "export_ladder", "quantizer_gpu"))))
 
 
 def plot(ladder: list[dict], path: Path) -> None:

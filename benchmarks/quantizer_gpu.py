@@ -24,8 +24,9 @@ MARKER = "quantizer-gpu: written by python -m benchmarks.quantizer_gpu"
 SHAPES = (
     ((64, 64, 32, 32), "contiguous_format"), ((64, 64, 32, 32), "channels_last"), ((16, 256, 56, 56), "contiguous_format"),
     ((16, 256, 56, 56), "channels_last"), ((64, 256, 56, 56), "contiguous_format"), ((64, 256, 56, 56), "channels_last"),
-    ((128, 64, 112, 112), "contiguous_format"), ((128, 64, 112, 112), "channels_last"), ((64, 2048, 7, 7), "contiguous_format"),
-    ((64, 2048, 7, 7), "channels_last"), ((16, 16, 32, 32), "contiguous_format"))
+    ((128, 64, 112, 112), "contiguous_format"), ((128, 64, 112, 112), "channels_last"), ((64, 1024, 14, 14), "contiguous_format"),
+    ((64, 1024, 14, 14), "channels_last"), ((64, 2048, 7, 7), "contiguous_format"), ((64, 2048, 7, 7), "channels_last"),
+    ((16, 16, 32, 32), "contiguous_format"))
 LAUNCHES = ("graph", "eager")
 PARTS = ("shapes", "scaling", "memory")
 FIELDS = ("device", "shape", "memory_format", "mode", "launch", "method", "median_us", "low_us", "high_us", "ratio_to_clone",
@@ -33,14 +34,18 @@ FIELDS = ("device", "shape", "memory_format", "mode", "launch", "method", "media
 SCALING_FIELDS = ("device", "channels", "megabytes", "method", "ns_per_value", "rounds")
 MEMORY_FIELDS = ("device", "shape", "mode", "method", "peak_extra_tensors")
 CACHE_BYTES = 2**28  # more than any GPU's cache
-SLOW = ("loop", )  # of very many launches
+SLOW = ("loop", )  # of very many launches: recorded, forward, and of up to _MOST_LOOPS channels
+_MOST_LOOPS = 256
+READS_BACK = ("fake_quantize", )  # values from the GPU, which no graph records
 
 
 def inputs(shape: tuple[int, ...], memory_format: str) -> list:
     """As many as no cache holds, at least two."""
     import torch
     count = max(2, -(-CACHE_BYTES // (4 * math.prod(shape))))
-    return [torch.randn(shape, device="cuda").contiguous(memory_format=getattr(torch, memory_format)) for _ in range(count)]
+    generator = torch.Generator("cuda").manual_seed(0)
+    return [torch.randn(shape, generator=generator, device="cuda").contiguous(memory_format=getattr(torch, memory_format))
+            for _ in range(count)]
 
 
 def caller(quantizer: Callable, tensors: list, mode: str) -> Callable[[], None]:
@@ -52,7 +57,7 @@ def caller(quantizer: Callable, tensors: list, mode: str) -> Callable[[], None]:
                 for x in tensors:
                     quantizer(x)
         return run
-    leaves, grad = [x.detach().requires_grad_() for x in tensors], torch.randn_like(tensors[0])
+    leaves, grad = [x.detach().requires_grad_() for x in tensors], tensors[-1]
 
     def run_both() -> None:
         for x in leaves:
@@ -60,19 +65,12 @@ def caller(quantizer: Callable, tensors: list, mode: str) -> Callable[[], None]:
     return run_both
 
 
-def recorded(run: Callable[[], None], pool: tuple | None = None) -> Callable[[], None] | None:
-    """``run`` as a CUDA graph; None if it cannot be recorded: it reads values back. Graphs of one pool share their memory, which is
-    right for runs that nobody wants the results of."""
-    import torch
-
+def recorded(run: Callable[[], None], pool: tuple | None = None) -> Callable[[], None]:
+    """``run`` as a CUDA graph. Graphs of one pool share their memory, which is right for runs that nobody wants the results of."""
     from granq_plugin.zero_shot.graphs import RecordedStep
     step = RecordedStep(run, warm_up=1, pool=pool)
     step()
-    try:
-        step()
-    except (RuntimeError, torch.AcceleratorError):
-        torch.cuda.synchronize()
-        return None
+    step()
     return step
 
 
@@ -88,16 +86,19 @@ def gpu_clock(f: Callable) -> float:
 
 
 def functions_of(quantizers: dict[str, Callable], tensors: list, mode: str, launch: str) -> dict[str, Callable]:
-    runs = {name: caller(q, tensors, mode) for name, q in quantizers.items() if launch == "graph" or name not in SLOW}
+    left_out = SLOW if launch == "eager" else READS_BACK
+    if mode != "forward" or tensors[0].shape[1] > _MOST_LOOPS:
+        left_out += SLOW
+    runs = {name: caller(q, tensors, mode) for name, q in quantizers.items() if name not in left_out}
     if launch == "eager":
         return runs
     from torch.cuda import graph_pool_handle
     pool = graph_pool_handle()
-    return {name: f for name, f in ((n, recorded(run, pool)) for n, run in runs.items()) if f is not None}
+    return {name: recorded(run, pool) for name, run in runs.items()}
 
 
 def measure_shapes(seconds: float, device: str) -> None:
-    """Writes after every shape: time on a GPU can end at any moment."""
+    """Writes after every mode of a shape: time on a GPU can end at any moment."""
     from torch import cuda
     rows = []
     for shape, memory_format in SHAPES:
@@ -117,7 +118,7 @@ def measure_shapes(seconds: float, device: str) -> None:
                     f"{r['method']} {r['ratio_to_clone']}" for r in rows[-len(times):]))
                 del functions
                 cuda.empty_cache()
-        write(RESULTS / "quantizer_gpu.csv", FIELDS, rows)
+            write(RESULTS / "quantizer_gpu.csv", FIELDS, rows)
 
 
 def measure_scaling(seconds: float, device: str) -> list[dict]:
@@ -210,12 +211,12 @@ def main(seconds: float, parts: tuple[str, ...], table_only: bool) -> None:
         raise click.ClickException("torch sees no GPU here; python -m benchmarks.quantizer measures on the CPU")
     torch.manual_seed(0)
     device = torch.cuda.get_device_name()
-    if "shapes" in parts:
-        measure_shapes(seconds, device)
     if "scaling" in parts:
         write(RESULTS / "quantizer_gpu_scaling.csv", SCALING_FIELDS, measure_scaling(seconds, device))
     if "memory" in parts:
         write(RESULTS / "quantizer_gpu_memory.csv", MEMORY_FIELDS, measure_memory(device))
+    if "shapes" in parts:
+        measure_shapes(seconds, device)
     replace_table(MARKER, tables())
 
 

@@ -171,7 +171,8 @@ def test_the_evaluate_table_is_the_committed_csv_s():
         for r in speeds.values():
             share = float(r["images_per_second"]) / float(speeds["float"]["images_per_second"])
             assert float(r["ratio"]) == pytest.approx(share, rel=0.01, abs=1e-3)
-        assert float(speeds["loading"]["ratio"]) > 10, "loading takes a tenth of the time"
+        least = 10 if setting[0] == "cpu" else 5
+        assert float(speeds["loading"]["ratio"]) > least, "loading takes a tenth of the time, or a fifth of a GPU's"
 
 
 def test_evaluate_runs_every_network_on_every_image():

@@ -14,6 +14,7 @@ from granq_plugin import functional as GF
 from granq_plugin import kernels
 from granq_plugin.kernels import Ahead, Before
 from granq_plugin.zero_shot import Generator, preset, zero_shot_qat
+from granq_plugin.zero_shot.graphs import RecordedStep
 from granq_plugin.zero_shot.step import ObservedTeacher, generator_step
 from granq_plugin.zero_shot.training import Training
 from networks import teacher_network
@@ -23,7 +24,8 @@ if not torch.cuda.is_available():
 
 LAYOUTS = [
     ((4, 33, 17, 9), None), ((4, 33, 17, 9), torch.channels_last), ((2, 3, 128, 128), None), ((1, 2, 181, 181), None),
-    ((1, 5, 181, 181), torch.channels_last), ((64, 100), None), ((3, 7, 300), None)]
+    ((1, 5, 181, 181), torch.channels_last), ((64, 100), None), ((3, 7, 300), None), ((8, 64, 7, 7), None), ((4, 20, 14, 14), None),
+    ((2, 70, 112, 112), torch.channels_last)]
 BEFORES = [Before(), Before(relu=True), Before(relu=True, max_val=0.9), Before(min_val=-0.5, max_val=0.7)]
 
 
@@ -61,6 +63,24 @@ def test_dynamic_kernel_is_exact(values, before, bit_width):
             oracles.assert_equal(p.cpu(), q.cpu())
         expected.value.backward(incoming.to(leaf.device))
         oracles.assert_equal(a.grad.cpu(), leaf.grad.cpu())
+
+
+@pytest.mark.parametrize("shape, memory_format", [
+    ((64, 64, 112, 112), torch.channels_last), ((1, 8, 1024, 1025), torch.channels_last),
+    ((64, 30, 224, 224), torch.contiguous_format), ((1, 1, 4000, 4001), torch.contiguous_format)])
+def test_programs_that_share_a_row_agree(shape, memory_format):
+    """More of them than a GPU runs at a time, again and again; also recorded."""
+    torch.manual_seed(0)
+    x = (torch.randn(shape, device="cuda") * torch.rand(shape[:2] + (1, 1), device="cuda")).contiguous(memory_format=memory_format)
+    expected = GF.granq(x, 4)
+    for _ in range(10):
+        for p, q in zip(kernels.granq(x, 4), expected):
+            assert torch.equal(p, q)
+    step = RecordedStep(lambda: kernels.granq(x, 4))
+    for _ in range(8):
+        actual = step()
+    for p, q in zip(actual, expected):
+        assert torch.equal(p, q)
 
 
 @every_value
@@ -115,7 +135,7 @@ def test_batch_norm_ahead(size, residual, dtype, memory_format):
 def test_a_network_with_fused_batch_norms(act_quant):
     student = gq.quantize(teacher_network(), 4, 4, act_quant=act_quant).cuda()
     x = torch.randn(64, 3, 8, 8, device="cuda")
-    student(x)
+    student.train()(x)
     student.eval()
     fused = gq.fuse_batch_norm(student)
     assert fused is not student

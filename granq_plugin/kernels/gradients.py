@@ -95,8 +95,11 @@ def _ahead(ctx, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         return grad, None, None, None
     x, weight, mean, var = ctx.saved_tensors
     needed = ctx.needs_input_grad[2:6]
-    grads = torch.ops.aten.native_batch_norm_backward(
-        grad, x, weight, mean, var, None, None, False, ctx.eps, list(needed[:3])) if any(needed[:3]) else (None, ) * 3
+    grads = None, None, None
+    if any(needed[:3]):
+        of_batch = mean.new_empty(0)  # what a forward in evaluation mode saves: cuDNN's peer insists on it
+        grads = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, var, of_batch, of_batch, False, ctx.eps, list(needed[:3]))
     return *(g if n else None for g, n in zip(grads, needed)), grad if needed[3] else None
 
 

@@ -1,6 +1,6 @@
 """The quantizer of frozen ranges on GPU, in Triton: forward and backward each read their tensors once.
 
-Results are those of :func:`granq_plugin.functional.affine_quantize` bit for bit; see :mod:`~granq_plugin.kernels.triton_kernel`.
+Results are those of :func:`granq_plugin.functional.affine_quantize` bit for bit; see :mod:`~granq_plugin.kernels.triton_math`.
 """
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from granq_plugin.kernels import gradients
 from granq_plugin.kernels.layout import Ahead, Before, Layout
-from granq_plugin.kernels.triton_kernel import (
+from granq_plugin.kernels.triton_math import (
     _before,
     _largest,
     _least,
-    _load,
     _norm_of,
+    _normalized,
     _round,
     _stored,
     clamp_kind,
@@ -29,14 +29,14 @@ _BLOCKS = (4096, 2048, 1024)  # of long rows: the one that leaves the fewest pla
 
 
 @triton.jit
-def _tile(rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr, channels, CHANNEL_IS_COLUMN: tl.constexpr):
-    """Addresses, which of them exist, and the channel of each row or column."""
+def _tile(rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr, channels, INNER: tl.constexpr):
+    """Addresses, which of them exist, and the channel of each row, or of INNER columns each."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     address = r.to(tl.int64)[:, None] * columns + c[None, :]
     inside = (r < rows)[:, None] & (c < columns)[None, :]
-    if CHANNEL_IS_COLUMN:
-        channel = tl.minimum(c, channels - 1)[None, :]
+    if INNER:
+        channel = tl.minimum(c // INNER, channels - 1)[None, :]
     else:
         channel = (r % channels)[:, None]
     return address, inside, channel
@@ -46,8 +46,8 @@ def _tile(rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr, channels, CHAN
 def _frozen(
         x_ptr, y_ptr, mask_ptr, scale_ptr, zero_point_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, residual_ptr, eps, rows,
         columns, channels, lowest, highest, low, high, above, below, nan_passes, NORM: tl.constexpr, CLAMP: tl.constexpr,
-        MASK: tl.constexpr, CHANNEL_IS_COLUMN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    address, inside, channel = _tile(rows, columns, ROWS, BLOCK, channels, CHANNEL_IS_COLUMN)
+        MASK: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    address, inside, channel = _tile(rows, columns, ROWS, BLOCK, channels, INNER)
     ones = tl.full([ROWS, BLOCK], 1.0, tl.float32)
     scale = tl.load(scale_ptr + channel) * ones
     zero_point = tl.load(zero_point_ptr + channel)
@@ -55,7 +55,11 @@ def _frozen(
     beta = 0.0
     if NORM > 0:
         alpha, beta = _norm_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, channel)
-    x = _load(x_ptr, residual_ptr, address, inside, 0.0, alpha, beta, NORM)
+    x = tl.load(x_ptr + address, mask=inside, other=0.0).to(tl.float32)
+    residual = x
+    if NORM == 2:
+        residual = tl.load(residual_ptr + address, mask=inside, other=0.0).to(tl.float32)
+    x = _normalized(x, residual, alpha, beta, x_ptr.dtype.element_ty, NORM)
     x, passes = _before(x, low, high, above, below, nan_passes, CLAMP)
     q = _round(tl.div_rn(x, scale) + zero_point)
     if MASK:
@@ -67,9 +71,9 @@ def _frozen(
 
 @triton.jit
 def _frozen_backward(
-        grad_ptr, out_ptr, mask_ptr, scale_ptr, rows, columns, channels, CHANNEL_IS_COLUMN: tl.constexpr, ROWS: tl.constexpr,
+        grad_ptr, out_ptr, mask_ptr, scale_ptr, rows, columns, channels, INNER: tl.constexpr, ROWS: tl.constexpr,
         BLOCK: tl.constexpr):
-    address, inside, channel = _tile(rows, columns, ROWS, BLOCK, channels, CHANNEL_IS_COLUMN)
+    address, inside, channel = _tile(rows, columns, ROWS, BLOCK, channels, INNER)
     scale = tl.load(scale_ptr + channel) * tl.full([ROWS, BLOCK], 1.0, tl.float32)
     grad = tl.load(grad_ptr + address, mask=inside, other=0.0).to(tl.float32)
     passes = tl.load(mask_ptr + address, mask=inside, other=0) != 0
@@ -78,17 +82,18 @@ def _frozen_backward(
 
 
 def _launch(layout: Layout) -> tuple[tuple[int, int], tuple[int, int, int], dict]:
-    """Grid, ``(rows, columns, channels)`` and the constants of a layout; memory is ``[rows, columns]``."""
+    """Grid, ``(rows, columns, channels)`` and the constants of a layout; memory is ``[rows, columns]``. A channel has columns, one
+    (channels_last) or as many as begin where wide loads may not, or rows."""
     samples, outer, channels, inner = layout[:4]
-    by_column = inner == 1
-    rows, columns = (samples * outer, channels) if by_column else (samples * channels, inner)
+    by_column = inner % 4 != 0
+    rows, columns = (samples * outer, channels * inner) if by_column else (samples * channels, inner)
     block = triton.next_power_of_2(columns)
     if columns > _TILE:
         block = min(_BLOCKS, key=lambda b: triton.cdiv(columns, b) * b)
     tile_rows = min(max(1, _TILE // block), triton.next_power_of_2(rows))
     grid = triton.cdiv(rows, tile_rows), triton.cdiv(columns, block)
     return grid, (rows, columns, channels), dict(
-        CHANNEL_IS_COLUMN=by_column, ROWS=tile_rows, BLOCK=block, num_warps=8 if block > 2048 else 4, enable_fp_fusion=False)
+        INNER=inner if by_column else 0, ROWS=tile_rows, BLOCK=block, num_warps=8 if block > 2048 else 4, enable_fp_fusion=False)
 
 
 def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int], layout: Layout, before: Before,

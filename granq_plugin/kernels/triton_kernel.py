@@ -1,158 +1,50 @@
-"""The dynamic quantizer on GPU, in Triton. A row stays on chip up to ``LONGEST_ROW`` values; a longer one is read twice.
+"""The dynamic quantizer on GPU, in Triton: a row of values that share a range stays on chip, read once and written once.
 
-Imported where there is a GPU, or where ``GRANQ_KERNEL=triton`` asks for it: with ``TRITON_INTERPRET=1`` it runs on CPU tensors.
-Results are those of :func:`granq_plugin.functional.granq` bit for bit, but for the sign of zeros: divisions round correctly,
-multiplications and additions are not fused, and rounding is to even. A BatchNorm ahead is one fused multiplication and addition,
-as on the CPU; cuDNN's may differ from it in the last places.
+Short rows that begin anywhere have a kernel of their own (:mod:`~granq_plugin.kernels.triton_short`), as have rows too long for
+one program (:mod:`~granq_plugin.kernels.triton_split`). Imported where there is a GPU, or where ``GRANQ_KERNEL=triton`` asks for
+it: with ``TRITON_INTERPRET=1`` it runs on CPU tensors. Results are those of :func:`granq_plugin.functional.granq` bit for bit; see
+:mod:`~granq_plugin.kernels.triton_math`.
 """
 
 import os
+from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from granq_plugin.functional import MIN_RANGE, GranQResult
-from granq_plugin.kernels import gradients
+from granq_plugin.functional import GranQResult
+from granq_plugin.kernels import gradients, triton_short, triton_split
 from granq_plugin.kernels.layout import Ahead, Before, Layout
+from granq_plugin.kernels.triton_math import (
+    _before,
+    _norm_of,
+    _normalized,
+    _quantized,
+    _range_of,
+    _stored,
+    _wider,
+    clamp_kind,
+    level_arguments,
+    norm_arguments,
+)
 
-__all__ = ["LONGEST_ROW", "granq", "reads"]
+__all__ = ["granq", "reads"]
 
-LONGEST_ROW = 16384
-_TILE = 512  # values of a program, where rows are short
-_ALL_NAN = tl.constexpr(tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _least(a, b):
-    return tl.minimum(a, b, propagate_nan=_ALL_NAN)
-
-
-@triton.jit
-def _largest(a, b):
-    return tl.maximum(a, b, propagate_nan=_ALL_NAN)
-
-
-@triton.jit
-def _round(x):
-    """To the nearest integer, half to even: adding 2^23 leaves no fraction. Values beyond are integers already."""
-    magnitude = tl.abs(x)
-    rounded = (magnitude + 8388608.0) - 8388608.0
-    return tl.where(magnitude < 8388608.0, tl.where(x < 0, -rounded, rounded), x)
+_LARGEST = 16384  # values of a tile
 
 
 @triton.jit
-def _before(x, low, high, above, below, nan_passes, CLAMP: tl.constexpr):
-    """ReLU (CLAMP 1) or any clamp (2) of x, and where the gradient passes."""
-    passes = tl.full(x.shape, 1, tl.int32)
-    if CLAMP == 1:
-        passes = tl.where(x <= 0.0, 0, 1)
-        x = _largest(x, 0.0)
-    if CLAMP == 2:
-        passes = tl.where(x <= above, 0, 1) * tl.where(x >= below, 0, 1) * tl.where(x == x, 1, nan_passes)
-        x = _least(_largest(x, low), high)
-    return x, passes
-
-
-@triton.jit
-def _norm_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, channel):
-    """A BatchNorm in evaluation mode as factors and shifts of channels."""
-    alpha = tl.div_rn(tl.full(channel.shape, 1.0, tl.float32), tl.sqrt_rn(tl.load(var_ptr + channel) + eps))
-    alpha *= tl.load(weight_ptr + channel)
-    return alpha, tl.fma(-tl.load(mean_ptr + channel), alpha, tl.load(bias_ptr + channel))
-
-
-@triton.jit
-def _load(x_ptr, residual_ptr, address, inside, other: tl.constexpr, alpha, beta, NORM: tl.constexpr):
-    """Values as they are when they are clamped: after a BatchNorm (NORM 1), and an addition (2). What is not there is anything."""
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    x = tl.load(x_ptr + address, mask=inside, other=other).to(tl.float32)
-    if NORM > 0:
-        zeros = tl.zeros(x.shape, tl.float32)
-        x = _stored(tl.fma(x, alpha + zeros, beta + zeros), dtype).to(tl.float32)
-    if NORM == 2:
-        x += tl.load(residual_ptr + address, mask=inside, other=0.0).to(tl.float32)
-        x = _stored(x, dtype).to(tl.float32)
-    return x
-
-
-@triton.jit
-def _stored(y, dtype: tl.constexpr):
-    """y in the dtype of the output, rounded to nearest even: a GPU's conversion to bfloat16 does that too, the interpreter's cuts
-    off."""
-    if dtype == tl.bfloat16:
-        bits = y.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        y = tl.where(y == y, rounded.to(tl.float32, bitcast=True), y)
-    return y.to(dtype)
-
-
-@triton.jit
-def _on_grid(x, inv_scale, offset):
-    return tl.div_rn(_round(x * inv_scale - offset) + offset, inv_scale + tl.zeros(x.shape, tl.float32))
-
-
-@triton.jit
-def _on_grid_fast(x, inv_scale, offset, scale):
-    """The same of moderate values, without branches: adding and subtracting 1.5 * 2^23 rounds, and a quotient that is corrected by
-    its exact remainder, with the correctly rounded reciprocal, is the correctly rounded one (Markstein 1990)."""
-    y = ((x * inv_scale - offset) + 12582912.0) - 12582912.0 + offset
-    divisor = inv_scale + tl.zeros(x.shape, tl.float32)
-    reciprocal = scale + tl.zeros(x.shape, tl.float32)
-    q = y * reciprocal
-    q = tl.fma(tl.fma(-q, divisor, y), reciprocal, q)
-    return tl.fma(tl.fma(-q, divisor, y), reciprocal, q)
-
-
-@triton.jit
-def _quantized(x, inv_scale, offset, scale, fast, largest, NARROW: tl.constexpr):
-    if fast:
-        y = _on_grid_fast(x, inv_scale[:, None], offset[:, None], scale[:, None])
-    else:
-        y = _on_grid(x, inv_scale[:, None], offset[:, None])
-    if NARROW:
-        y = _least(_largest(y, -largest), largest)
-    return y
-
-
-@triton.jit
-def _places(row, exists, at, step, n, EVEN: tl.constexpr):
-    """Addresses of a block, and which of them are there: all of them, if rows and channels fill their blocks."""
-    address = row[:, None] + (at * step)[None, :]
-    if EVEN:
-        inside = tl.full(address.shape, 1, tl.int1)
-    else:
-        inside = exists[:, None] & (at < n)[None, :]
-    return address, inside
-
-
-@triton.jit
-def _first_pass(
-        x_ptr, residual_ptr, mask_ptr, address, inside, alpha, beta, low, high, above, below, nan_passes, NORM: tl.constexpr,
-        CLAMP: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr):
-    """Values, and what is least and largest where there are any."""
-    x = _load(x_ptr, residual_ptr, address, inside, float("inf"), alpha, beta, NORM)
-    x, passes = _before(x, low, high, above, below, nan_passes, CLAMP)
-    if MASK:
-        tl.store(mask_ptr + address, passes.to(tl.int8), mask=inside)
-    least = x
-    most = x
-    if not EVEN:
-        if NORM > 0:
-            least = tl.where(inside, x, float("inf"))
-        most = tl.where(inside, x, float("-inf"))
-    return x, least, most
-
-
-@triton.jit
-def _granq(
-        x_ptr, y_ptr, mask_ptr, scale_ptr, zero_point_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, residual_ptr, eps, channels,
+def _rows(
+        t, x_ptr, y_ptr, mask_ptr, scale_ptr, zero_point_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, residual_ptr, eps, channels,
         row_stride, sample_stride, step, n, tiles, half_levels, overflow, smallest, low, high, above, below, largest, nan_passes,
         NORM: tl.constexpr, CLAMP: tl.constexpr, MASK: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, EVEN: tl.constexpr,
-        ROWS: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr):
-    sample = tl.program_id(0) // tiles
-    channel = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+        ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Quantizes tile t: some channels of a sample."""
+    sample = t // tiles
+    channel = t % tiles * ROWS + tl.arange(0, ROWS)
     exists = channel < channels
     x_ptr += sample.to(tl.int64) * sample_stride
     y_ptr += sample.to(tl.int64) * sample_stride
@@ -162,80 +54,90 @@ def _granq(
     beta = tl.full([ROWS], 0.0, tl.float32)
     if NORM > 0:
         alpha, beta = _norm_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, tl.minimum(channel, channels - 1))
-    alpha = alpha[:, None]
-    beta = beta[:, None]
-    row = channel * row_stride
     place = tl.arange(0, BLOCK)
-    address, inside = _places(row, exists, place, step, n, EVEN)
-    x, least, most = _first_pass(
-        x_ptr, residual_ptr, mask_ptr, address, inside, alpha, beta, low, high, above, below, nan_passes, NORM, CLAMP, MASK, EVEN)
-    if not ONE_BLOCK:
-        for start in range(BLOCK, n, BLOCK):
-            address, inside = _places(row, exists, start + place, step, n, EVEN)
-            _, x_least, x_most = _first_pass(
-                x_ptr, residual_ptr, mask_ptr, address, inside, alpha, beta, low, high, above, below, nan_passes, NORM, CLAMP,
-                MASK, EVEN)
-            least, most = _least(least, x_least), _largest(most, x_most)
-    lo = tl.reduce(least, 1, _least)
-    hi = tl.reduce(most, 1, _largest)
-    # functional.inverse_scale
-    half = hi * 0.5 - lo * 0.5
-    half = tl.where(half < smallest, smallest, half)
-    magnitude = tl.where(hi > -lo, hi, -lo) * overflow
-    divisor = tl.where(magnitude > half, magnitude, half)
-    one = tl.full([ROWS], 1.0, tl.float32)
-    inv_scale = tl.div_rn(one, divisor) * half_levels
-    offset = _round(inv_scale * lo)
-    scale = tl.div_rn(one, inv_scale)
+    address = (channel * row_stride)[:, None] + (place * step)[None, :]
+    if EVEN:
+        inside = tl.full(address.shape, 1, tl.int1)
+    else:
+        inside = exists[:, None] & (place < n)[None, :]
+    x = tl.load(x_ptr + address, mask=inside, other=0.0).to(tl.float32)
+    residual = x
+    if NORM == 2:
+        residual = tl.load(residual_ptr + address, mask=inside, other=0.0).to(tl.float32)
+    x = _normalized(x, residual, alpha[:, None], beta[:, None], x_ptr.dtype.element_ty, NORM)
+    x, passes = _before(x, low, high, above, below, nan_passes, CLAMP)
+    if MASK:
+        tl.store(mask_ptr + address, passes.to(tl.int8), mask=inside)
+    least = x
+    most = x
+    if not EVEN:
+        least = tl.where(inside, x, float("inf"))
+        most = tl.where(inside, x, float("-inf"))
+    lo, hi = tl.reduce((least, most), 1, _wider)
+    scale, inv_scale, offset, moderate = _range_of(lo, hi, half_levels, overflow, smallest)
     tl.store(scale_ptr + sample * channels + channel, scale, mask=exists)
     tl.store(zero_point_ptr + sample * channels + channel, 0.0 - offset, mask=exists)
-    moderate = (inv_scale > 1e-15) & (inv_scale < 1e15) & (tl.abs(offset) < 2097152.0)  # not for NaN
     fast = tl.min(tl.where(moderate | (channel >= channels), FAST, 0), axis=0) == 1
-    if ONE_BLOCK:
-        y = _quantized(x, inv_scale, offset, scale, fast, largest, NARROW)
-        tl.store(y_ptr + address, _stored(y, y_ptr.dtype.element_ty), mask=inside)
-    else:
-        for start in range(0, n, BLOCK):
-            address, inside = _places(row, exists, start + place, step, n, EVEN)
-            x = _load(x_ptr, residual_ptr, address, inside, 0.0, alpha, beta, NORM)
-            x, _ = _before(x, low, high, above, below, nan_passes, CLAMP)
-            y = _quantized(x, inv_scale, offset, scale, fast, largest, NARROW)
-            tl.store(y_ptr + address, _stored(y, y_ptr.dtype.element_ty), mask=inside)
+    y = _quantized(x, scale[:, None], inv_scale[:, None], offset[:, None], fast, largest, NARROW)
+    tl.store(y_ptr + address, _stored(y, y_ptr.dtype.element_ty), mask=inside)
 
 
-def clamp_kind(before: Before) -> int:
-    """What the kernels do before they quantize: 0 nothing, 1 a ReLU, 2 a clamp."""
-    return 1 if before == Before(relu=True) else 2 if before != Before() else 0
+@triton.jit
+def _granq(
+        x_ptr, y_ptr, mask_ptr, scale_ptr, zero_point_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, residual_ptr, eps, channels,
+        row_stride, sample_stride, step, n, tiles, half_levels, overflow, smallest, low, high, above, below, largest, nan_passes,
+        total, programs, NORM: tl.constexpr, CLAMP: tl.constexpr, MASK: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr,
+        EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    if STAGES == 1:
+        _rows(tl.program_id(0), x_ptr, y_ptr, mask_ptr, scale_ptr, zero_point_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr,
+              residual_ptr, eps, channels, row_stride, sample_stride, step, n, tiles, half_levels, overflow, smallest, low, high,
+              above, below, largest, nan_passes, NORM, CLAMP, MASK, NARROW, FAST, EVEN, ROWS, BLOCK)
+    else:  # the next tiles are on their way while one is quantized
+        for t in tl.range(tl.program_id(0), total, programs, num_stages=STAGES):
+            _rows(t, x_ptr, y_ptr, mask_ptr, scale_ptr, zero_point_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, residual_ptr, eps,
+                  channels, row_stride, sample_stride, step, n, tiles, half_levels, overflow, smallest, low, high, above, below,
+                  largest, nan_passes, NORM, CLAMP, MASK, NARROW, FAST, EVEN, ROWS, BLOCK)
 
 
-def _tile(layout: Layout, item_size: int) -> tuple[int, int, int]:
-    """``(rows, values of a row, warps)`` of a program: contiguous, what was fastest on an H100."""
+class Tile(NamedTuple):
+    """What a program has: rows, places for the values of each, warps; loads on their way at a time, while it quantizes others."""
+    rows: int
+    block: int
+    warps: int
+    stages: int = 1
+
+
+def _tile(layout: Layout, item_size: int, loads: int, shared_memory: int) -> Tile | None:
+    """What was fastest on an H200; None: rows do not stay on chip. loads: tensors that are read, values of item_size bytes."""
     n, channels = layout.outer * layout.inner, triton.next_power_of_2(layout.channels)
     block = triton.next_power_of_2(n)
-    if layout.inner == 1 and layout.outer > 1:  # channels_last: sectors of 32 bytes or more of neighbouring channels
-        rows = next((r for r in (32, 16, 8) if r * block <= LONGEST_ROW), 8)
-        if rows * item_size < 32 or rows * block > 2 * LONGEST_ROW:  # read twice
-            rows, block = 32, _TILE // 4
+    if layout.inner == 1 and layout.outer > 1:  # channels_last: segments of 64 bytes or more of neighbouring channels
+        rows = min(32, _LARGEST // block)
+        if rows * item_size < 64:
+            return None
         rows = min(rows, channels)
-        values = rows * block
-        return rows, block, max(1, values // 1024 if values <= 8 * _TILE else min(32, values // 512))
-    block = block if n <= LONGEST_ROW else LONGEST_ROW // 2
-    rows = min(max(1, _TILE // block), channels)
-    return rows, block, max(1, min(16, rows * block // 512))
+        warps = rows * block // (1024 if rows * block < _LARGEST // 2 else 2048)
+    elif n > _LARGEST:
+        return None
+    else:
+        rows = min(max(1, 512 // block), channels)
+        warps = rows * block // (512 if block < 4096 else 1024)
+    stages = 3 if rows * block == _LARGEST and 2 * loads * _LARGEST * item_size + 2**13 <= shared_memory else 1
+    return Tile(rows, block, max(1, min(16, warps)), stages)
 
 
 def reads(layout: Layout, item_size: int) -> int:
-    """How often the kernel reads every value: 1 where a row stays on chip, 2 where it does not."""
-    return 1 if layout.outer * layout.inner <= _tile(layout, item_size)[1] else 2
+    """How often memory is read, at most: twice where rows do not stay on chip; their second time may find them in the cache."""
+    return 2 if _tile(layout, item_size, 1, 0) is None else 1
 
 
-def norm_arguments(x: Tensor, ahead: Ahead | None) -> tuple[int, tuple]:
-    """NORM of the kernels, and their arguments from mean_ptr to eps."""
-    if ahead is None:
-        return 0, (x, ) * 5 + (0.0, )
-    weight, bias = (t if t is not None else torch.full_like(ahead.mean, v) for t, v in ((ahead.weight, 1.0), (ahead.bias, 0.0)))
-    residual = x if ahead.residual is None else ahead.residual
-    return 1 if ahead.residual is None else 2, (ahead.mean, ahead.var, weight, bias, residual, ahead.eps)
+@cache
+def _chip(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory that a program can have."""
+    if device.type != "cuda":
+        return 2, 2**17  # the interpreter
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", 0)
 
 
 def _forward(x: Tensor, bit_width: int, layout: Layout, before: Before, ahead: Ahead | None, needs_mask: bool):
@@ -244,19 +146,30 @@ def _forward(x: Tensor, bit_width: int, layout: Layout, before: Before, ahead: A
     mask = torch.empty_like(x, dtype=torch.bool) if needs_mask else None
     scale, zero_point = (torch.empty(layout.scale_shape, dtype=torch.float32, device=x.device) for _ in range(2))
     n = outer * inner
-    rows, block, warps = _tile(layout, x.element_size())
-    tiles = triton.cdiv(channels, rows)
-    levels, largest = 2**bit_width - 1, torch.finfo(torch.float32).max
     _, *limits, nan_passes = before.limits(x.dtype)
     norm, norms = norm_arguments(x, ahead)
-    _granq[(samples * tiles, )](
-        x, y, mask.view(torch.int8) if needs_mask else x, scale, zero_point, *norms, channels, inner, outer * channels * inner,
-        channels if inner == 1 and outer > 1 else 1, n, tiles, levels / 2, levels / largest, MIN_RANGE / 2, *limits,
-        torch.finfo(x.dtype).max, nan_passes, NORM=norm, CLAMP=clamp_kind(before), MASK=needs_mask,
-        NARROW=x.dtype != torch.float32,
+    tensors = x, y, mask.view(torch.int8) if needs_mask else x, scale, zero_point, *norms
+    numbers = *level_arguments(bit_width), *limits, torch.finfo(x.dtype).max, nan_passes
+    constants = dict(
+        NORM=norm, CLAMP=clamp_kind(before), MASK=needs_mask, NARROW=x.dtype != torch.float32,
         FAST=int(os.environ.get("TRITON_INTERPRET") != "1"),  # which does not fuse what is to be fused
-        EVEN=n % block == 0 and channels % rows == 0, ROWS=rows, BLOCK=block, ONE_BLOCK=n <= block, num_warps=warps,
         enable_fp_fusion=False)
+    if outer == 1 and triton_short.suits(n):
+        triton_short.launch(tensors, samples, channels, n, numbers, constants)
+        return y, scale, zero_point, mask
+    geometry = channels, inner, outer * channels * inner, channels if inner == 1 and outer > 1 else 1, n
+    processors, shared_memory = _chip(x.device)
+    tile = _tile(layout, x.element_size(), 1 + (norm == 2), shared_memory)
+    if tile is None:
+        triton_split.launch(tensors, samples, geometry, numbers, constants)
+    else:
+        tiles = triton.cdiv(channels, tile.rows)
+        total = samples * tiles
+        programs = total if tile.stages == 1 else min(total, processors)
+        _granq[(programs, )](
+            *tensors, *geometry, tiles, *numbers, total, programs, **constants, ROWS=tile.rows, BLOCK=tile.block,
+            EVEN=n % tile.block == 0 and channels % tile.rows == 0, STAGES=tile.stages, num_warps=tile.warps,
+            num_stages=tile.stages)
     return y, scale, zero_point, mask
 
 

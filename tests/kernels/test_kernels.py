@@ -435,14 +435,21 @@ _TRITON = """
 import torch
 from granq_plugin import functional as GF, kernels
 import oracles
-from granq_plugin.kernels import Before, triton_kernel
+from granq_plugin.kernels import Before, triton_kernel, triton_short, triton_split
 torch.manual_seed(0)
-triton_kernel.LONGEST_ROW, triton_kernel._TILE = 64, 32  # so that small tensors take both ways
+# so that small tensors take all ways
+triton_kernel._LARGEST, triton_split._TILE, triton_split._LAG, triton_short._LONGEST, triton_short._TILE = 256, 64, 128, 32, 64
 cl = torch.channels_last
-cases = [(s, f, d, b, p) for s, f in (((2, 3, 5, 5), None), ((1, 33, 3, 5), cl), ((1, 2, 90), None), ((3, 7), None))
+shapes = [((2, 1, 100), None, 1), ((2, 3, 8, 8), None, 3), ((1, 33, 3, 5), cl, 3), ((1, 2, 300), None, "split"),
+          ((1, 5, 6, 6), cl, "split"), ((2, 3, 5, 5), None, "short"), ((3, 7), None, "short")]
+cases = [(s, f, way, d, b, p) for s, f, way in shapes
          for d in ((torch.float32, torch.bfloat16, torch.float16) if s == (3, 7) else (torch.float32, torch.bfloat16))
          for b, p in ((Before(True, None, 0.9), None), (Before(True), float("nan")), (Before(), float("-inf")))]
-for shape, memory_format, dtype, before, poison in cases:
+for shape, memory_format, way, dtype, before, poison in cases:
+    layout = kernels.layout_of(torch.empty(shape, memory_format=memory_format or torch.contiguous_format), 1)
+    tile = triton_kernel._tile(layout, 4, 1, 2**17)
+    short = layout.outer == 1 and triton_short.suits(layout.inner)
+    assert way == ("short" if short else "split" if tile is None else tile.stages), (shape, way)
     x = torch.randn(shape)
     if poison is not None:
         x.view(-1)[3] = poison
@@ -463,12 +470,13 @@ _TRITON_AHEAD = """
 import torch
 from granq_plugin import functional as GF, kernels
 import oracles
-from granq_plugin.kernels import Ahead, Before, triton_frozen, triton_kernel
+from granq_plugin.kernels import Ahead, Before, triton_frozen, triton_kernel, triton_short, triton_split
 torch.manual_seed(0)
-triton_kernel.LONGEST_ROW, triton_kernel._TILE, triton_frozen._TILE, triton_frozen._BLOCKS = 64, 32, 32, (32, 16)
+triton_kernel._LARGEST, triton_split._TILE, triton_split._LAG, triton_short._LONGEST, triton_short._TILE = 64, 64, 128, 32, 64
+triton_frozen._TILE, triton_frozen._BLOCKS = 32, (32, 16)
 cl, count = torch.channels_last, 0
 before = Before(True, None, 2.0)
-for shape, memory_format in (((2, 3, 5, 5), None), ((1, 33, 3, 5), cl), ((1, 2, 9, 10), None), ((2, 5, 9, 10), cl)):
+for shape, memory_format in (((2, 3, 5, 5), None), ((1, 33, 2, 2), cl), ((1, 2, 9, 10), None), ((2, 3, 4, 8), None)):
     for dtype in (torch.float32, torch.bfloat16):
         for residual in (False, True):
             for affine in (False, True):
@@ -505,8 +513,9 @@ def interpreter():
 
 
 def test_triton_in_its_interpreter(interpreter):
-    """Rows on chip and in two passes, channels_last, rows of a matrix, all dtypes, NaN and Inf: equal to torch's operations."""
-    assert run_python(_TRITON, TRITON_INTERPRET="1", GRANQ_KERNEL="triton").split()[-1] == "27"
+    """Rows on chip, on their way while others are quantized, shared by programs, short ones; channels_last, rows of a matrix, all
+    dtypes, NaN and Inf: equal to torch's operations."""
+    assert run_python(_TRITON, TRITON_INTERPRET="1", GRANQ_KERNEL="triton").split()[-1] == "45"
 
 
 def test_triton_of_a_batch_norm_ahead_in_its_interpreter(interpreter):
@@ -554,7 +563,8 @@ def test_triton_of_frozen_ranges_in_its_interpreter(interpreter):
     assert run_python(_TRITON_FROZEN, TRITON_INTERPRET="1", GRANQ_KERNEL="triton").split()[-1] == "54"
 
 
-@pytest.mark.parametrize("which, option", [(w, o) for w in ("dynamic", "frozen", "backward") for o in (False, True)])
+@pytest.mark.parametrize("which, option", [(w, o) for w in ("dynamic", "frozen", "backward") for o in (False, True)]
+                         + [("short", True), ("split", True)])
 @pytest.mark.parametrize("norm", [0, 2])
 def test_triton_compiles_for_a_gpu_without_fused_operations(which, option, norm):
     """To PTX, which needs no GPU: divisions round correctly and nothing is contracted but what is meant to be."""
@@ -562,18 +572,20 @@ def test_triton_compiles_for_a_gpu_without_fused_operations(which, option, norm)
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from granq_plugin.kernels import triton_frozen, triton_kernel
-    integers = ("channels", "row_stride", "sample_stride", "step", "n", "tiles", "nan_passes", "rows", "columns")
-    kernel = {"dynamic": triton_kernel._granq, "frozen": triton_frozen._frozen, "backward": triton_frozen._frozen_backward}[which]
-    constants = dict(NORM=norm, CLAMP=2, MASK=True, NARROW=False, FAST=1, EVEN=option, ROWS=4, BLOCK=1024, ONE_BLOCK=True,
-                     CHANNEL_IS_COLUMN=option)
+    from granq_plugin.kernels import triton_frozen, triton_kernel, triton_short, triton_split
+    numbers = ("eps", "half_levels", "overflow", "smallest", "lowest", "highest", "low", "high", "above", "below", "largest")
+    pointers = {"mask_ptr": "*i8", "most_ptr": "*u32", "negated_ptr": "*u32", "done_ptr": "*i32", "ticket_ptr": "*i32"}
+    kernel = {"dynamic": triton_kernel._granq, "frozen": triton_frozen._frozen, "backward": triton_frozen._frozen_backward,
+              "short": triton_short._granq_short, "split": triton_split._granq_split}[which]
+    constants = dict(NORM=norm, CLAMP=2, MASK=True, NARROW=False, FAST=1, EVEN=option, ROWS=4, BLOCK=1024, STAGES=1 + 2 * option,
+                     INNER=7 * option, N=999)
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    signature = {name: "constexpr" if name in constants else "i32" if name in integers else "*i8" if name == "mask_ptr" else
-                 "*fp32" if name.endswith("_ptr") else "fp32" for name in kernel.arg_names}
+    signature = {name: "constexpr" if name in constants else "fp32" if name in numbers else
+                 pointers.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in kernel.arg_names}
     ptx = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 80, 32),
                          options=dict(enable_fp_fusion=False)).asm["ptx"]
     values = 4 * 1024 // 128  # of each of a program's 128 threads
-    meant = 4 * values if which == "dynamic" else 0  # corrections of quotients
+    meant = 0 if which in ("frozen", "backward") else 4 * values  # corrections of quotients
     if "NORM" in constants and norm:
         meant += values
         assert f"sqrt.rn{flushes()}.f32" in ptx

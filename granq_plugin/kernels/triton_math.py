@@ -1,0 +1,147 @@
+"""What the Triton kernels do to values: bit for bit what torch's operations do, but for the sign of zeros.
+
+Divisions round correctly, multiplications and additions are not fused, rounding is to even. A BatchNorm ahead is one fused
+multiplication and addition, as on the CPU; cuDNN's may differ from it in the last places.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from granq_plugin.functional import MIN_RANGE
+from granq_plugin.kernels.layout import Ahead, Before
+
+__all__ = ["clamp_kind", "level_arguments", "norm_arguments"]
+
+_ALL_NAN = tl.constexpr(tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _least(a, b):
+    return tl.minimum(a, b, propagate_nan=_ALL_NAN)
+
+
+@triton.jit
+def _largest(a, b):
+    return tl.maximum(a, b, propagate_nan=_ALL_NAN)
+
+
+@triton.jit
+def _wider(lo, hi, other_lo, other_hi):
+    """Of two ranges, the one that has both."""
+    return _least(lo, other_lo), _largest(hi, other_hi)
+
+
+@triton.jit
+def _round(x):
+    """To the nearest integer, half to even: adding 2^23 leaves no fraction. Values beyond are integers already."""
+    magnitude = tl.abs(x)
+    rounded = (magnitude + 8388608.0) - 8388608.0
+    return tl.where(magnitude < 8388608.0, tl.where(x < 0, -rounded, rounded), x)
+
+
+@triton.jit
+def _before(x, low, high, above, below, nan_passes, CLAMP: tl.constexpr):
+    """ReLU (CLAMP 1) or any clamp (2) of x, and where the gradient passes."""
+    passes = tl.full(x.shape, 1, tl.int32)
+    if CLAMP == 1:
+        passes = tl.where(x <= 0.0, 0, 1)
+        x = _largest(x, 0.0)
+    if CLAMP == 2:
+        passes = tl.where(x <= above, 0, 1) * tl.where(x >= below, 0, 1) * tl.where(x == x, 1, nan_passes)
+        x = _least(_largest(x, low), high)
+    return x, passes
+
+
+@triton.jit
+def _norm_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, channel):
+    """A BatchNorm in evaluation mode as factors and shifts of channels."""
+    alpha = tl.div_rn(tl.full(channel.shape, 1.0, tl.float32), tl.sqrt_rn(tl.load(var_ptr + channel) + eps))
+    alpha *= tl.load(weight_ptr + channel)
+    return alpha, tl.fma(-tl.load(mean_ptr + channel), alpha, tl.load(bias_ptr + channel))
+
+
+@triton.jit
+def _stored(y, dtype: tl.constexpr):
+    """y in the dtype of the output, rounded to nearest even: a GPU's conversion to bfloat16 does that too, the interpreter's cuts
+    off."""
+    if dtype == tl.bfloat16:
+        bits = y.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        y = tl.where(y == y, rounded.to(tl.float32, bitcast=True), y)
+    return y.to(dtype)
+
+
+@triton.jit
+def _normalized(x, residual, alpha, beta, dtype: tl.constexpr, NORM: tl.constexpr):
+    """Values as they are when they are clamped: after a BatchNorm (NORM 1), and an addition (2), each rounded to dtype."""
+    if NORM > 0:
+        zeros = tl.zeros(x.shape, tl.float32)
+        x = _stored(tl.fma(x, alpha + zeros, beta + zeros), dtype).to(tl.float32)
+    if NORM == 2:
+        x = _stored(x + residual, dtype).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _range_of(lo, hi, half_levels, overflow, smallest):
+    """Scales of rows, their inverses, offsets, and where :func:`_on_grid_fast` may be used; see functional.inverse_scale."""
+    half = hi * 0.5 - lo * 0.5
+    half = tl.where(half < smallest, smallest, half)
+    magnitude = tl.where(hi > -lo, hi, -lo) * overflow
+    divisor = tl.where(magnitude > half, magnitude, half)
+    one = tl.full(lo.shape, 1.0, tl.float32)
+    inv_scale = tl.div_rn(one, divisor) * half_levels
+    offset = _round(inv_scale * lo)
+    moderate = (inv_scale > 1e-15) & (inv_scale < 1e15) & (tl.abs(offset) < 2097152.0)  # not for NaN
+    return tl.div_rn(one, inv_scale), inv_scale, offset, moderate
+
+
+@triton.jit
+def _on_grid(x, inv_scale, offset):
+    return tl.div_rn(_round(x * inv_scale - offset) + offset, inv_scale + tl.zeros(x.shape, tl.float32))
+
+
+@triton.jit
+def _on_grid_fast(x, inv_scale, offset, scale):
+    """The same of moderate values, without branches: adding and subtracting 1.5 * 2^23 rounds, and a quotient that is corrected by
+    its exact remainder, with the correctly rounded reciprocal, is the correctly rounded one (Markstein 1990)."""
+    y = ((x * inv_scale - offset) + 12582912.0) - 12582912.0 + offset
+    divisor = inv_scale + tl.zeros(x.shape, tl.float32)
+    reciprocal = scale + tl.zeros(x.shape, tl.float32)
+    q = y * reciprocal
+    q = tl.fma(tl.fma(-q, divisor, y), reciprocal, q)
+    return tl.fma(tl.fma(-q, divisor, y), reciprocal, q)
+
+
+@triton.jit
+def _quantized(x, scale, inv_scale, offset, fast, largest, NARROW: tl.constexpr):
+    """x on the grids of its ranges, with which it can be broadcast."""
+    if fast:
+        y = _on_grid_fast(x, inv_scale, offset, scale)
+    else:
+        y = _on_grid(x, inv_scale, offset)
+    if NARROW:
+        y = _least(_largest(y, -largest), largest)
+    return y
+
+
+def clamp_kind(before: Before) -> int:
+    """What the kernels do before they quantize: 0 nothing, 1 a ReLU, 2 a clamp."""
+    return 1 if before == Before(relu=True) else 2 if before != Before() else 0
+
+
+def norm_arguments(x: Tensor, ahead: Ahead | None) -> tuple[int, tuple]:
+    """NORM of the kernels, and their arguments from mean_ptr to eps."""
+    if ahead is None:
+        return 0, (x, ) * 5 + (0.0, )
+    weight, bias = (t if t is not None else torch.full_like(ahead.mean, v) for t, v in ((ahead.weight, 1.0), (ahead.bias, 0.0)))
+    residual = x if ahead.residual is None else ahead.residual
+    return 1 if ahead.residual is None else 2, (ahead.mean, ahead.var, weight, bias, residual, ahead.eps)
+
+
+def level_arguments(bit_width: int) -> tuple[float, float, float]:
+    """``half_levels, overflow, smallest`` of :func:`_range_of`."""
+    levels = 2**bit_width - 1
+    return levels / 2, levels / torch.finfo(torch.float32).max, MIN_RANGE / 2

@@ -1,0 +1,114 @@
+"""The dynamic quantizer on GPU for rows that do not stay on chip: programs share a row.
+
+A program, by its ticket, reads one part of some rows and adds it to their ranges; then it waits for the ranges of a part that came
+LAG parts before, and quantizes that one, which the GPU's cache may still hold. It waits for lower tickets only, and who has one
+has begun, so that nobody waits for ever (as in Merrill and Garland, "Single-pass parallel prefix scan with decoupled look-back",
+2016).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from granq_plugin.kernels.triton_math import _before, _norm_of, _normalized, _quantized, _range_of, _stored, _wider
+
+__all__ = ["launch"]
+
+_TILE = 4096  # values of a part
+_LAG = 2**20  # values between reading a part and quantizing it; at least the parts of a row
+
+
+@triton.jit
+def _key(x):
+    """Integers in the order of the values; a NaN is beyond all values, on the side of its sign. Nothing is 0."""
+    bits = x.to(tl.uint32, bitcast=True)
+    return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+
+
+@triton.jit
+def _value(key):
+    return tl.where(key >= 0x80000000, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _part(
+        unit, x_ptr, residual_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, channels, row_stride, sample_stride, step, n,
+        tiles, parts, low, high, above, below, nan_passes, NORM: tl.constexpr, CLAMP: tl.constexpr, EVEN: tl.constexpr,
+        ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Values of a part, where their gradients pass, where they are, which are there, their rows, and which of those are there."""
+    sample = unit // parts // tiles
+    channel = unit // parts % tiles * ROWS + tl.arange(0, ROWS)
+    place = unit % parts * BLOCK + tl.arange(0, BLOCK)
+    address = sample.to(tl.int64) * sample_stride + ((channel * row_stride)[:, None] + (place * step)[None, :])
+    if EVEN:
+        inside = tl.full(address.shape, 1, tl.int1)
+    else:
+        inside = (channel < channels)[:, None] & (place < n)[None, :]
+    alpha = tl.full([ROWS], 1.0, tl.float32)
+    beta = tl.full([ROWS], 0.0, tl.float32)
+    if NORM > 0:
+        alpha, beta = _norm_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, tl.minimum(channel, channels - 1))
+    x = tl.load(x_ptr + address, mask=inside, other=0.0).to(tl.float32)
+    residual = x
+    if NORM == 2:
+        residual = tl.load(residual_ptr + address, mask=inside, other=0.0).to(tl.float32)
+    x = _normalized(x, residual, alpha[:, None], beta[:, None], x_ptr.dtype.element_ty, NORM)
+    x, passes = _before(x, low, high, above, below, nan_passes, CLAMP)
+    return x, passes, address, inside, sample * channels + channel, channel < channels
+
+
+@triton.jit
+def _granq_split(
+        x_ptr, y_ptr, mask_ptr, scale_ptr, zero_point_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, residual_ptr, eps, channels,
+        row_stride, sample_stride, step, n, tiles, half_levels, overflow, smallest, low, high, above, below, largest, nan_passes,
+        most_ptr, negated_ptr, done_ptr, ticket_ptr, parts, units, lag, NORM: tl.constexpr, CLAMP: tl.constexpr,
+        MASK: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    ticket = tl.atomic_add(ticket_ptr, 1)
+    if ticket < units:
+        x, passes, address, inside, row, exists = _part(
+            ticket, x_ptr, residual_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, channels, row_stride, sample_stride, step, n,
+            tiles, parts, low, high, above, below, nan_passes, NORM, CLAMP, EVEN, ROWS, BLOCK)
+        if MASK:
+            tl.store(mask_ptr + address, passes.to(tl.int8), mask=inside)
+        least = x
+        most = x
+        if not EVEN:
+            least = tl.where(inside, x, float("inf"))
+            most = tl.where(inside, x, float("-inf"))
+        lo, hi = tl.reduce((least, most), 1, _wider)
+        tl.atomic_max(most_ptr + row, _key(hi), mask=exists, sem="relaxed")
+        tl.atomic_max(negated_ptr + row, _key(-lo), mask=exists, sem="relaxed")
+        tl.debug_barrier()  # all threads' ranges before the count
+        tl.atomic_add(done_ptr + ticket // parts, 1, sem="release")
+    unit = ticket - lag
+    if unit >= 0:
+        while tl.atomic_add(done_ptr + unit // parts, 0, sem="acquire") < parts:
+            pass
+        x, passes, address, inside, row, exists = _part(
+            unit, x_ptr, residual_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, channels, row_stride, sample_stride, step, n,
+            tiles, parts, low, high, above, below, nan_passes, NORM, CLAMP, EVEN, ROWS, BLOCK)
+        lo = -_value(tl.load(negated_ptr + row, mask=exists, other=0, cache_modifier=".cg"))
+        hi = _value(tl.load(most_ptr + row, mask=exists, other=0, cache_modifier=".cg"))
+        scale, inv_scale, offset, moderate = _range_of(lo, hi, half_levels, overflow, smallest)
+        if unit % parts == 0:
+            tl.store(scale_ptr + row, scale, mask=exists)
+            tl.store(zero_point_ptr + row, 0.0 - offset, mask=exists)
+        fast = tl.min(tl.where(moderate | (exists == 0), FAST, 0), axis=0) == 1
+        y = _quantized(x, scale[:, None], inv_scale[:, None], offset[:, None], fast, largest, NARROW)
+        tl.store(y_ptr + address, _stored(y, y_ptr.dtype.element_ty), mask=inside)
+
+
+def launch(tensors: tuple, samples: int, geometry: tuple, numbers: tuple, constants: dict) -> None:
+    """Arguments as those of ``triton_kernel._granq``; ``geometry`` is ``channels, row_stride, sample_stride, step, n``."""
+    channels, row_stride, *_, n = geometry
+    rows = 1 if row_stride > 1 else min(64 if channels > 64 else 32, triton.next_power_of_2(channels))
+    block = _TILE // rows
+    parts, tiles = triton.cdiv(n, block), triton.cdiv(channels, rows)
+    groups, count = samples * tiles, samples * channels
+    units = groups * parts
+    lag = max(parts, min(units, _LAG // _TILE))
+    shared = tensors[0].new_zeros(2 * count + groups + 1, dtype=torch.int32)
+    most, negated, done, ticket = shared.split([count, count, groups, 1])
+    _granq_split[(units + lag, )](
+        *tensors, *geometry, tiles, *numbers, most.view(torch.uint32), negated.view(torch.uint32), done, ticket, parts, units, lag,
+        **constants, EVEN=n % block == 0 and channels % rows == 0, ROWS=rows, BLOCK=block, num_warps=4)
