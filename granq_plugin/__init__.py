@@ -13,7 +13,7 @@ from granq_plugin.lazy import lazy_names
 if TYPE_CHECKING:  # for editors and type checkers
     from granq_plugin.calibrate import to_static
     from granq_plugin.convert import quantize
-    from granq_plugin.freeze import freeze_weights
+    from granq_plugin.freeze import freeze_weights, weights_quantized_once
     from granq_plugin.fusion import fuse_batch_norm
     from granq_plugin.quantizers import (
         GranQActPerChannel,
@@ -34,6 +34,7 @@ __all__ = [
     "fuse_batch_norm",
     "quantize",
     "to_static",
+    "weights_quantized_once",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__, {
@@ -42,6 +43,7 @@ __getattr__, __dir__ = lazy_names(__name__, {
     "quantize": "granq_plugin.convert",
     "register_handlers": "granq_plugin.handlers",
     "to_static": "granq_plugin.calibrate",
+    "weights_quantized_once": "granq_plugin.freeze",
 } | dict.fromkeys((name for name in __all__ if name.startswith("GranQ")), "granq_plugin.quantizers"),
     submodules=("deploy", "export", "functional", "quantizers", "zero_shot"))
 

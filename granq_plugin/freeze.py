@@ -1,15 +1,19 @@
-"""Weights as the integers that they are: :func:`freeze_weights`."""
+"""Weights as the integers that they are, :func:`freeze_weights`, or quantized once for many forwards."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from torch import nn
 from torch.nn.utils import parametrize
 
 from granq_plugin import functional as GF
 from granq_plugin.convert import copy_model
 from granq_plugin.core.frozen import FrozenMinMaxWeightQuant, FrozenPerKernelGranQ, FrozenWeightQuant
-from granq_plugin.core.proxy import GranQPerKernelWeightProxy, GranQWeightProxy
+from granq_plugin.core.proxy import GranQPerKernelWeightProxy, GranQWeightProxy, has_hooks
 
-__all__ = ["freeze_weights", "frozen_layers", "use_frozen_quantizers"]
+__all__ = ["freeze_weights", "frozen_layers", "use_frozen_quantizers", "weights_quantized_once"]
 
 
 def freeze_weights(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -66,6 +70,43 @@ def frozen_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers with a frozen weight quantizer, by name."""
     return {name: m for name, m in model.named_modules()
             if isinstance(getattr(getattr(m, "weight_quant", None), "tensor_quant", None), FrozenWeightQuant)}
+
+
+@contextmanager
+def weights_quantized_once(model: nn.Module) -> Iterator[None]:
+    """Within it, layers in evaluation mode use the weights that they have now, quantized once, without gradients.
+
+    Brevitas quantizes a layer's weight at every forward, which is most of what Python and a GPU's launches have to do in small
+    networks. Layers whose weights are quantized by their input, or with hooks on their quantizer, go on as they did.
+
+    Args:
+        model: any; its weights must not change meanwhile.
+
+    Example:
+        >>> import granq_plugin as gq
+        >>> quantized = gq.quantize(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), weight_bit_width=2, act_bit_width=4).eval()
+        >>> with weights_quantized_once(quantized):
+        ...     quantized(torch.ones(1, 4)).shape, quantized(torch.zeros(1, 4)).shape
+        (torch.Size([1, 2]), torch.Size([1, 2]))
+    """
+    held = []
+    try:
+        for layer in model.modules():
+            if isinstance(layer, QuantWeightBiasInputOutputLayer) and _holds(layer):
+                with torch.no_grad():
+                    weight = layer.quant_weight()
+                layer.quant_weight = lambda *args, weight=weight, **kwargs: weight
+                held.append(layer)
+        yield
+    finally:
+        for layer in held:
+            del layer.quant_weight
+
+
+def _holds(layer: QuantWeightBiasInputOutputLayer) -> bool:
+    proxy = layer.weight_quant
+    return (proxy.is_quant_enabled and not (layer.training or proxy.training or proxy.requires_quant_input or layer.export_mode)
+            and "quant_weight" not in vars(layer) and not any(map(has_hooks, proxy.modules())))
 
 
 def _quantized_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import granq_plugin as gq
-from granq_plugin.freeze import freeze_weights, frozen_layers, use_frozen_quantizers
+from granq_plugin.freeze import freeze_weights, frozen_layers, use_frozen_quantizers, weights_quantized_once
 
 REGIMES = {"per-output-channel": gq.GranQWeightPerChannel, "symmetric": gq.GranQWeightPerChannelSymmetric,
            "mse": gq.GranQWeightPerChannel.let(range_mode="mse"),
@@ -98,3 +98,34 @@ def test_what_cannot_be_frozen_is_named():
     other = qnn.QuantLinear(3, 3, bias=False, weight_quant=shared.weight_quant)
     with pytest.raises(ValueError, match="also another weight's"):
         freeze_weights(nn.Sequential(shared, other))
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_weights_are_quantized_once(regime, monkeypatch):
+    """The same outputs; afterwards, and after an error, layers are as they were. Training, and hooks, see every forward."""
+    model, x = network(REGIMES[regime]).eval(), torch.randn(2, 3, 8, 8)
+    kind, calls = type(model[0].weight_quant.tensor_quant), []
+    monkeypatch.setattr(kind, "forward", lambda self, w, f=kind.forward: calls.append(self) or f(self, w))
+
+    def forwards(count=3):
+        calls.clear()
+        with torch.no_grad(), weights_quantized_once(model):
+            return [model(x) for _ in range(count)]
+
+    with torch.no_grad():
+        expected = model(x)
+    assert all(torch.equal(y, expected) for y in forwards()) and len(calls) == 5
+    model[0].train()
+    hook = model[3].weight_quant.register_forward_hook(lambda *args: None)
+    forwards()
+    assert len(calls) == 3 + 2 * 3
+    hook.remove()
+    model.eval()
+    with pytest.raises(RuntimeError), weights_quantized_once(model):
+        model(x[:, :2])
+    with torch.no_grad():
+        model[0].weight *= 2
+    assert not torch.equal(forwards(1)[0], expected)
+    assert not any("quant_weight" in vars(m) for m in model.modules())
+    model(x).sum().backward()
+    assert model[0].weight.grad is not None

@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
 LAYOUTS = [
     ((4, 33, 17, 9), None), ((4, 33, 17, 9), torch.channels_last), ((2, 3, 128, 128), None), ((1, 2, 181, 181), None),
     ((1, 5, 181, 181), torch.channels_last), ((64, 100), None), ((3, 7, 300), None), ((8, 64, 7, 7), None), ((4, 20, 14, 14), None),
-    ((2, 70, 112, 112), torch.channels_last)]
+    ((2, 70, 112, 112), torch.channels_last), ((100, 40, 20, 20), torch.channels_last)]
 BEFORES = [Before(), Before(relu=True), Before(relu=True, max_val=0.9), Before(min_val=-0.5, max_val=0.7)]
 
 
@@ -107,7 +107,7 @@ def test_frozen_kernel_is_exact(values, before, axis):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("size", [7, 56, 90])
+@pytest.mark.parametrize("size", [7, 20, 56, 90, 112])
 def test_batch_norm_ahead(size, residual, dtype, memory_format):
     """Scales are torch's to the last places of a BatchNorm, values to a level, gradients where no value crosses 0."""
     torch.manual_seed(0)

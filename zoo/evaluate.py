@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from granq_plugin.freeze import weights_quantized_once
 from granq_plugin.fusion import fuse_batch_norm
 from granq_plugin.zero_shot import parallel
 from zoo.card import Preprocessing
@@ -116,12 +117,13 @@ def evaluate(
     model = fuse_batch_norm(model.to(device).eval())
     counts = torch.zeros(3, dtype=torch.int64)
     start = time.perf_counter()
-    for images, y in data.batches(batch_size, rank, world):
-        logits = model(preprocessing(images.to(device)))
-        hits = logits.topk(min(5, logits.shape[1])).indices.cpu() == y[:, None]
-        counts += torch.tensor([int(hits[:, 0].sum()), int(hits.sum()), len(y)])
-        if progress:
-            progress(len(y))
+    with weights_quantized_once(model):
+        for images, y in data.batches(batch_size, rank, world):
+            logits = model(preprocessing(images.to(device)))
+            hits = logits.topk(min(5, logits.shape[1])).indices.cpu() == y[:, None]
+            counts += torch.tensor([int(hits[:, 0].sum()), int(hits.sum()), len(y)])
+            if progress:
+                progress(len(y))
     if world > 1:
         shared = counts.to(device if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(shared)

@@ -26,6 +26,7 @@ __all__ = ["affine_quantize"]
 
 _TILE = 1024  # values of a program, where rows are short
 _BLOCKS = (4096, 2048, 1024)  # of long rows: the one that leaves the fewest places empty
+_MOST_COLUMNS = 2**27  # of channels that have several
 
 
 @triton.jit
@@ -85,11 +86,12 @@ def _launch(layout: Layout) -> tuple[tuple[int, int], tuple[int, int, int], dict
     """Grid, ``(rows, columns, channels)`` and the constants of a layout; memory is ``[rows, columns]``. A channel has columns, one
     (channels_last) or as many as begin where wide loads may not, or rows."""
     samples, outer, channels, inner = layout[:4]
-    by_column = inner % 4 != 0
+    by_column = inner == 1 or (inner % 4 != 0 and channels * inner < _MOST_COLUMNS)
     rows, columns = (samples * outer, channels * inner) if by_column else (samples * channels, inner)
     block = triton.next_power_of_2(columns)
     if columns > _TILE:
-        block = min(_BLOCKS, key=lambda b: triton.cdiv(columns, b) * b)
+        few = [b for b in _BLOCKS if triton.cdiv(columns, b) < 2**16] or _BLOCKS[:1]  # a grid has no more
+        block = min(few, key=lambda b: triton.cdiv(columns, b) * b)
     tile_rows = min(max(1, _TILE // block), triton.next_power_of_2(rows))
     grid = triton.cdiv(rows, tile_rows), triton.cdiv(columns, block)
     return grid, (rows, columns, channels), dict(

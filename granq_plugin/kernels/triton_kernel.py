@@ -122,7 +122,8 @@ def _tile(layout: Layout, item_size: int, loads: int, shared_memory: int) -> Til
     else:
         rows = min(max(1, 512 // block), channels)
         warps = rows * block // (512 if block < 4096 else 1024)
-    stages = 3 if rows * block == _LARGEST and 2 * loads * _LARGEST * item_size + 2**13 <= shared_memory else 1
+    buffers = 2 * loads * _LARGEST * item_size  # and some for conversions
+    stages = 3 if rows * block == _LARGEST and buffers + 3 * 2**13 <= shared_memory else 1
     return Tile(rows, block, max(1, min(16, warps)), stages)
 
 
@@ -135,7 +136,7 @@ def reads(layout: Layout, item_size: int) -> int:
 def _chip(device: torch.device) -> tuple[int, int]:
     """Multiprocessors, and bytes of shared memory that a program can have."""
     if device.type != "cuda":
-        return 2, 2**17  # the interpreter
+        return 2, 2**18  # the interpreter
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", 0)
 

@@ -447,7 +447,7 @@ cases = [(s, f, way, d, b, p) for s, f, way in shapes
          for b, p in ((Before(True, None, 0.9), None), (Before(True), float("nan")), (Before(), float("-inf")))]
 for shape, memory_format, way, dtype, before, poison in cases:
     layout = kernels.layout_of(torch.empty(shape, memory_format=memory_format or torch.contiguous_format), 1)
-    tile = triton_kernel._tile(layout, 4, 1, 2**17)
+    tile = triton_kernel._tile(layout, 4, 1, 2**18)
     short = layout.outer == 1 and triton_short.suits(layout.inner)
     assert way == ("short" if short else "split" if tile is None else tile.stages), (shape, way)
     x = torch.randn(shape)
