@@ -11,13 +11,12 @@ from torch import Tensor
 from granq_plugin.kernels import gradients
 from granq_plugin.kernels.layout import Ahead, Before, Layout
 from granq_plugin.kernels.triton_math import (
-    _before,
     _largest,
     _least,
     _norm_of,
-    _normalized,
     _round,
     _stored,
+    _values,
     clamp_kind,
     norm_arguments,
 )
@@ -52,16 +51,9 @@ def _frozen(
     ones = tl.full([ROWS, BLOCK], 1.0, tl.float32)
     scale = tl.load(scale_ptr + channel) * ones
     zero_point = tl.load(zero_point_ptr + channel)
-    alpha = 1.0
-    beta = 0.0
-    if NORM > 0:
-        alpha, beta = _norm_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, channel)
-    x = tl.load(x_ptr + address, mask=inside, other=0.0).to(tl.float32)
-    residual = x
-    if NORM == 2:
-        residual = tl.load(residual_ptr + address, mask=inside, other=0.0).to(tl.float32)
-    x = _normalized(x, residual, alpha, beta, x_ptr.dtype.element_ty, NORM)
-    x, passes = _before(x, low, high, above, below, nan_passes, CLAMP)
+    alpha, beta = _norm_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, channel, NORM)
+    x, passes = _values(
+        x_ptr, residual_ptr, address, inside, alpha, beta, low, high, above, below, nan_passes, NORM, CLAMP)
     q = _round(tl.div_rn(x, scale) + zero_point)
     if MASK:
         passes = passes * tl.where(q < lowest, 0, 1) * tl.where(q > highest, 0, 1)

@@ -19,13 +19,13 @@ from granq_plugin.functional import GranQResult
 from granq_plugin.kernels import gradients, triton_short, triton_split
 from granq_plugin.kernels.layout import Ahead, Before, Layout
 from granq_plugin.kernels.triton_math import (
-    _before,
+    _ends,
     _norm_of,
-    _normalized,
+    _places,
     _quantized,
     _range_of,
     _stored,
-    _wider,
+    _values,
     clamp_kind,
     level_arguments,
     norm_arguments,
@@ -50,34 +50,16 @@ def _rows(
     y_ptr += sample.to(tl.int64) * sample_stride
     mask_ptr += sample.to(tl.int64) * sample_stride
     residual_ptr += sample.to(tl.int64) * sample_stride
-    alpha = tl.full([ROWS], 1.0, tl.float32)
-    beta = tl.full([ROWS], 0.0, tl.float32)
-    if NORM > 0:
-        alpha, beta = _norm_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, tl.minimum(channel, channels - 1))
-    place = tl.arange(0, BLOCK)
-    address = (channel * row_stride)[:, None] + (place * step)[None, :]
-    if EVEN:
-        inside = tl.full(address.shape, 1, tl.int1)
-    else:
-        inside = exists[:, None] & (place < n)[None, :]
-    x = tl.load(x_ptr + address, mask=inside, other=0.0).to(tl.float32)
-    residual = x
-    if NORM == 2:
-        residual = tl.load(residual_ptr + address, mask=inside, other=0.0).to(tl.float32)
-    x = _normalized(x, residual, alpha[:, None], beta[:, None], x_ptr.dtype.element_ty, NORM)
-    x, passes = _before(x, low, high, above, below, nan_passes, CLAMP)
+    alpha, beta = _norm_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, tl.minimum(channel, channels - 1), NORM)
+    address, inside = _places(channel, tl.arange(0, BLOCK), channels, row_stride, step, n, EVEN)
+    x, passes = _values(
+        x_ptr, residual_ptr, address, inside, alpha[:, None], beta[:, None], low, high, above, below, nan_passes, NORM, CLAMP)
     if MASK:
         tl.store(mask_ptr + address, passes.to(tl.int8), mask=inside)
-    least = x
-    most = x
-    if not EVEN:
-        least = tl.where(inside, x, float("inf"))
-        most = tl.where(inside, x, float("-inf"))
-    lo, hi = tl.reduce((least, most), 1, _wider)
-    scale, inv_scale, offset, moderate = _range_of(lo, hi, half_levels, overflow, smallest)
+    lo, hi = _ends(x, inside, EVEN)
+    scale, inv_scale, offset, fast = _range_of(lo, hi, exists, half_levels, overflow, smallest, FAST)
     tl.store(scale_ptr + sample * channels + channel, scale, mask=exists)
     tl.store(zero_point_ptr + sample * channels + channel, 0.0 - offset, mask=exists)
-    fast = tl.min(tl.where(moderate | (channel >= channels), FAST, 0), axis=0) == 1
     y = _quantized(x, scale[:, None], inv_scale[:, None], offset[:, None], fast, largest, NARROW)
     tl.store(y_ptr + address, _stored(y, y_ptr.dtype.element_ty), mask=inside)
 

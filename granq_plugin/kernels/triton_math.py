@@ -55,11 +55,15 @@ def _before(x, low, high, above, below, nan_passes, CLAMP: tl.constexpr):
 
 
 @triton.jit
-def _norm_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, channel):
-    """A BatchNorm in evaluation mode as factors and shifts of channels."""
-    alpha = tl.div_rn(tl.full(channel.shape, 1.0, tl.float32), tl.sqrt_rn(tl.load(var_ptr + channel) + eps))
-    alpha *= tl.load(weight_ptr + channel)
-    return alpha, tl.fma(-tl.load(mean_ptr + channel), alpha, tl.load(bias_ptr + channel))
+def _norm_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, channel, NORM: tl.constexpr):
+    """A BatchNorm in evaluation mode, if there is one (NORM), as factors and shifts of channels."""
+    alpha = tl.full(channel.shape, 1.0, tl.float32)
+    beta = tl.full(channel.shape, 0.0, tl.float32)
+    if NORM > 0:
+        alpha = tl.div_rn(alpha, tl.sqrt_rn(tl.load(var_ptr + channel) + eps))
+        alpha *= tl.load(weight_ptr + channel)
+        beta = tl.fma(-tl.load(mean_ptr + channel), alpha, tl.load(bias_ptr + channel))
+    return alpha, beta
 
 
 @triton.jit
@@ -74,19 +78,48 @@ def _stored(y, dtype: tl.constexpr):
 
 
 @triton.jit
-def _normalized(x, residual, alpha, beta, dtype: tl.constexpr, NORM: tl.constexpr):
-    """Values as they are when they are clamped: after a BatchNorm (NORM 1), and an addition (2), each rounded to dtype."""
+def _values(
+        x_ptr, residual_ptr, address, inside, alpha, beta, low, high, above, below, nan_passes, NORM: tl.constexpr,
+        CLAMP: tl.constexpr):
+    """Values as they are when they are quantized, and where the gradient passes: after a BatchNorm (NORM 1), and an addition (2),
+    each rounded to the dtype of x, and what comes before (CLAMP)."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    x = tl.load(x_ptr + address, mask=inside, other=0.0).to(tl.float32)
     if NORM > 0:
         zeros = tl.zeros(x.shape, tl.float32)
         x = _stored(tl.fma(x, alpha + zeros, beta + zeros), dtype).to(tl.float32)
     if NORM == 2:
-        x = _stored(x + residual, dtype).to(tl.float32)
-    return x
+        x += tl.load(residual_ptr + address, mask=inside, other=0.0).to(tl.float32)
+        x = _stored(x, dtype).to(tl.float32)
+    return _before(x, low, high, above, below, nan_passes, CLAMP)
 
 
 @triton.jit
-def _range_of(lo, hi, half_levels, overflow, smallest):
-    """Scales of rows, their inverses, offsets, and where :func:`_on_grid_fast` may be used; see functional.inverse_scale."""
+def _places(channel, place, channels, row_stride, step, n, EVEN: tl.constexpr):
+    """Addresses ``[channel, place]``, and which of them are there: all, if channels and places fill their blocks."""
+    address = (channel * row_stride)[:, None] + (place * step)[None, :]
+    if EVEN:
+        inside = tl.full(address.shape, 1, tl.int1)
+    else:
+        inside = (channel < channels)[:, None] & (place < n)[None, :]
+    return address, inside
+
+
+@triton.jit
+def _ends(x, inside, EVEN: tl.constexpr):
+    """The least and the largest value that is there, of each row."""
+    least = x
+    most = x
+    if not EVEN:
+        least = tl.where(inside, x, float("inf"))
+        most = tl.where(inside, x, float("-inf"))
+    return tl.reduce((least, most), 1, _wider)
+
+
+@triton.jit
+def _range_of(lo, hi, exists, half_levels, overflow, smallest, FAST: tl.constexpr):
+    """Scales of rows, their inverses, offsets, and whether :func:`_on_grid_fast` may be used for all that exist; see
+    functional.inverse_scale."""
     half = hi * 0.5 - lo * 0.5
     half = tl.where(half < smallest, smallest, half)
     magnitude = tl.where(hi > -lo, hi, -lo) * overflow
@@ -95,7 +128,8 @@ def _range_of(lo, hi, half_levels, overflow, smallest):
     inv_scale = tl.div_rn(one, divisor) * half_levels
     offset = _round(inv_scale * lo)
     moderate = (inv_scale > 1e-15) & (inv_scale < 1e15) & (tl.abs(offset) < 2097152.0)  # not for NaN
-    return tl.div_rn(one, inv_scale), inv_scale, offset, moderate
+    fast = tl.min(tl.where(moderate | (exists == 0), FAST, 0), axis=0) == 1
+    return tl.div_rn(one, inv_scale), inv_scale, offset, fast
 
 
 @triton.jit

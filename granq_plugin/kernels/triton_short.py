@@ -7,7 +7,7 @@ range, and a table of ranges says what a value's is.
 import triton
 import triton.language as tl
 
-from granq_plugin.kernels.triton_math import _before, _norm_of, _normalized, _quantized, _range_of, _stored, _wider
+from granq_plugin.kernels.triton_math import _norm_of, _quantized, _range_of, _stored, _values, _wider
 
 __all__ = ["launch", "suits"]
 
@@ -31,24 +31,19 @@ def _granq_short(
         inside = place < ROWS * N
     else:
         inside = place < tl.minimum(ROWS, rows - first) * N
-    x = tl.load(x_ptr + address, mask=inside, other=0.0).to(tl.float32)
-    if NORM > 0:
-        alpha, beta = _norm_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, row % channels)
-        residual = x
-        if NORM == 2:
-            residual = tl.load(residual_ptr + address, mask=inside, other=0.0).to(tl.float32)
-        x = _normalized(x, residual, tl.gather(alpha, of_row, 0), tl.gather(beta, of_row, 0), x_ptr.dtype.element_ty, NORM)
-    x, passes = _before(x, low, high, above, below, nan_passes, CLAMP)
+    alpha, beta = _norm_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, row % channels, NORM)
+    x, passes = _values(
+        x_ptr, residual_ptr, address, inside, tl.gather(alpha, of_row, 0), tl.gather(beta, of_row, 0), low, high, above, below,
+        nan_passes, NORM, CLAMP)
     if MASK:
         tl.store(mask_ptr + address, passes.to(tl.int8), mask=inside)
     # the last value of a row stands for the places beyond it
     of_place = tl.minimum(tl.arange(0, BLOCK), N - 1)[:, None] + (tl.arange(0, ROWS) * N)[None, :]
     by_row = tl.reshape(tl.gather(x, tl.reshape(of_place, [BLOCK * ROWS]), 0), [BLOCK, ROWS])
     lo, hi = tl.reduce((by_row, by_row), 0, _wider)
-    scale, inv_scale, offset, moderate = _range_of(lo, hi, half_levels, overflow, smallest)
+    scale, inv_scale, offset, fast = _range_of(lo, hi, exists, half_levels, overflow, smallest, FAST)
     tl.store(scale_ptr + row, scale, mask=exists)
     tl.store(zero_point_ptr + row, 0.0 - offset, mask=exists)
-    fast = tl.min(tl.where(moderate | (row >= rows), FAST, 0), axis=0) == 1
     y = _quantized(
         x, tl.gather(scale, of_row, 0), tl.gather(inv_scale, of_row, 0), tl.gather(offset, of_row, 0), fast, largest, NARROW)
     tl.store(y_ptr + address, _stored(y, y_ptr.dtype.element_ty), mask=inside)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from granq_plugin.kernels.triton_math import _before, _norm_of, _normalized, _quantized, _range_of, _stored, _wider
+from granq_plugin.kernels.triton_math import _ends, _norm_of, _places, _quantized, _range_of, _stored, _values
 
 __all__ = ["launch"]
 
@@ -39,21 +39,11 @@ def _part(
     sample = unit // parts // tiles
     channel = unit // parts % tiles * ROWS + tl.arange(0, ROWS)
     place = unit % parts * BLOCK + tl.arange(0, BLOCK)
-    address = sample.to(tl.int64) * sample_stride + ((channel * row_stride)[:, None] + (place * step)[None, :])
-    if EVEN:
-        inside = tl.full(address.shape, 1, tl.int1)
-    else:
-        inside = (channel < channels)[:, None] & (place < n)[None, :]
-    alpha = tl.full([ROWS], 1.0, tl.float32)
-    beta = tl.full([ROWS], 0.0, tl.float32)
-    if NORM > 0:
-        alpha, beta = _norm_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, tl.minimum(channel, channels - 1))
-    x = tl.load(x_ptr + address, mask=inside, other=0.0).to(tl.float32)
-    residual = x
-    if NORM == 2:
-        residual = tl.load(residual_ptr + address, mask=inside, other=0.0).to(tl.float32)
-    x = _normalized(x, residual, alpha[:, None], beta[:, None], x_ptr.dtype.element_ty, NORM)
-    x, passes = _before(x, low, high, above, below, nan_passes, CLAMP)
+    address, inside = _places(channel, place, channels, row_stride, step, n, EVEN)
+    address = sample.to(tl.int64) * sample_stride + address
+    alpha, beta = _norm_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, tl.minimum(channel, channels - 1), NORM)
+    x, passes = _values(
+        x_ptr, residual_ptr, address, inside, alpha[:, None], beta[:, None], low, high, above, below, nan_passes, NORM, CLAMP)
     return x, passes, address, inside, sample * channels + channel, channel < channels
 
 
@@ -70,12 +60,7 @@ def _granq_split(
             tiles, parts, low, high, above, below, nan_passes, NORM, CLAMP, EVEN, ROWS, BLOCK)
         if MASK:
             tl.store(mask_ptr + address, passes.to(tl.int8), mask=inside)
-        least = x
-        most = x
-        if not EVEN:
-            least = tl.where(inside, x, float("inf"))
-            most = tl.where(inside, x, float("-inf"))
-        lo, hi = tl.reduce((least, most), 1, _wider)
+        lo, hi = _ends(x, inside, EVEN)
         tl.atomic_max(most_ptr + row, _key(hi), mask=exists, sem="relaxed")
         tl.atomic_max(negated_ptr + row, _key(-lo), mask=exists, sem="relaxed")
         tl.debug_barrier()  # all threads' ranges before the count
@@ -89,11 +74,10 @@ def _granq_split(
             tiles, parts, low, high, above, below, nan_passes, NORM, CLAMP, EVEN, ROWS, BLOCK)
         lo = -_value(tl.load(negated_ptr + row, mask=exists, other=0, cache_modifier=".cg"))
         hi = _value(tl.load(most_ptr + row, mask=exists, other=0, cache_modifier=".cg"))
-        scale, inv_scale, offset, moderate = _range_of(lo, hi, half_levels, overflow, smallest)
+        scale, inv_scale, offset, fast = _range_of(lo, hi, exists, half_levels, overflow, smallest, FAST)
         if unit % parts == 0:
             tl.store(scale_ptr + row, scale, mask=exists)
             tl.store(zero_point_ptr + row, 0.0 - offset, mask=exists)
-        fast = tl.min(tl.where(moderate | (exists == 0), FAST, 0), axis=0) == 1
         y = _quantized(x, scale[:, None], inv_scale[:, None], offset[:, None], fast, largest, NARROW)
         tl.store(y_ptr + address, _stored(y, y_ptr.dtype.element_ty), mask=inside)
 
