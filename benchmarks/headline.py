@@ -82,7 +82,8 @@ def speeds(quantizer: list[dict], recipe: list[dict], evaluate: list[dict], ladd
         *(f"{device}: the activation quantizer's forward takes {_span(ratios, 2)} times as long as copying the tensor "
           f"(channels_last {_span(copies[device, 'granq', 'channels_last'], 2)}), the published formula "
           f"{_span(copies[device, 'published', layout], 1)}."
-          for (device, method, layout), ratios in copies.items() if (method, layout) == ("granq", "contiguous_format"))]
+          for (device, method, layout), ratios in copies.items() if (method, layout) == ("granq", "contiguous_format")
+          and {(device, "granq", "channels_last"), (device, "published", layout)} <= copies.keys())]  # a run may have ended early
 
 
 def _span(values: list[float], digits: int) -> str:

@@ -80,7 +80,8 @@ def weights_quantized_once(model: nn.Module) -> Iterator[None]:
     networks. Layers whose weights are quantized by their input, or with hooks on their quantizer, go on as they did.
 
     Args:
-        model: any; its weights must not change meanwhile.
+        model: any. Meanwhile its weights, mode, device, dtype and quantizers must not change, and it must not be copied: a copy
+            would keep the weights for good. They are held beside the float ones.
 
     Example:
         >>> import granq_plugin as gq
@@ -95,12 +96,12 @@ def weights_quantized_once(model: nn.Module) -> Iterator[None]:
             if isinstance(layer, QuantWeightBiasInputOutputLayer) and _holds(layer):
                 with torch.no_grad():
                     weight = layer.quant_weight()
-                layer.quant_weight = lambda *args, weight=weight, **kwargs: weight
+                layer.quant_weight = lambda quant_input=None, weight=weight: weight
                 held.append(layer)
         yield
     finally:
         for layer in held:
-            del layer.quant_weight
+            vars(layer).pop("quant_weight", None)  # another thread in here may have let go
 
 
 def _holds(layer: QuantWeightBiasInputOutputLayer) -> bool:

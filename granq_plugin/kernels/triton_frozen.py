@@ -78,7 +78,7 @@ def _launch(layout: Layout) -> tuple[tuple[int, int], tuple[int, int, int], dict
     """Grid, ``(rows, columns, channels)`` and the constants of a layout; memory is ``[rows, columns]``. A channel has columns, one
     (channels_last) or as many as begin where wide loads may not, or rows."""
     samples, outer, channels, inner = layout[:4]
-    by_column = inner == 1 or (inner % 4 != 0 and channels * inner < _MOST_COLUMNS)
+    by_column = inner == 1 or (channels > 1 and inner % 4 != 0 and channels * inner < _MOST_COLUMNS)
     rows, columns = (samples * outer, channels * inner) if by_column else (samples * channels, inner)
     block = triton.next_power_of_2(columns)
     if columns > _TILE:
