@@ -21,7 +21,8 @@ from granq_plugin.kernels.layout import IDENTITY, Ahead, Before, Layout, layout_
 __all__ = ["BACKENDS", "IDENTITY", "Ahead", "Before", "affine_quantize", "backend", "granq", "is_observed", "why_not_compiled"]
 
 BACKENDS = ("eager", "compiled", "triton")
-_MOST_OF_A_SAMPLE = 2**27  # values, which Triton's addresses and grids can count
+_TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_OF_A_SAMPLE, _MOST_ROWS = 2**27, 2**31  # values, and ranges, which Triton's addresses and grids can count
 _PLAIN = (Tensor, nn.Parameter)  # subclasses (fake tensors, DTensor...) see torch's operations
 
 
@@ -58,7 +59,8 @@ def _choose(x: Tensor, channel_axis: int, layout_of=layout_of) -> tuple[str, Lay
         return "eager", None
     if name == "triton" or (name is None and x.is_cuda):
         problem = _why_not_triton(x)
-        chosen = "triton" if problem is None and x.dtype != torch.float64 and x.shape[1:].numel() < _MOST_OF_A_SAMPLE else "eager"
+        counts = x.shape[1:].numel() < _MOST_OF_A_SAMPLE and layout.samples * layout.channels < _MOST_ROWS
+        chosen = "triton" if problem is None and x.dtype in _TRITON_TYPES and counts else "eager"
     elif not x.is_cpu:
         return "eager", None
     else:

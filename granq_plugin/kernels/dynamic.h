@@ -96,10 +96,9 @@ void rows(const T* x, T* y, W* scale, W* zero_point, uint16_t* mask, Ahead ahead
                 lo[g] = least(even(lo[2 * g], lo[2 * g + 1]), odd(lo[2 * g], lo[2 * g + 1]));
                 hi[g] = greatest(even(hi[2 * g], hi[2 * g + 1]), odd(hi[2 * g], hi[2 * g + 1]));
             }
-        W lows[L], sum = 0;
+        W lows[L];
         store(lows, lo[0]);
-        for (int j = 0; j < L; j++) sum += sums[j];
-        if (sum != sum)  // a NaN, or infinities: minima and maxima pass over NaN, so look for it row by row
+        if (bits_of(sums != sums))  // a NaN, or infinities: minima and maxima pass over NaN, so look for it row by row
             for (int64_t g = 0; g < group; g++) {
                 const Row<B> row(x, ahead, first + g, s.channels, n);
                 VI nan{};

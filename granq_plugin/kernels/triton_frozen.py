@@ -114,4 +114,5 @@ def affine_quantize(
         x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int], layout: Layout, before: Before,
         ahead: Ahead | None) -> Tensor:
     """See :func:`granq_plugin.kernels.affine_quantize`; scale and zero_point contiguous, float32, one element per channel."""
-    return gradients.affine_quantize(_forward, _masked, x, scale, zero_point, limits, layout, before, ahead)
+    with torch.cuda.device_of(x):  # kernels are launched on the current device
+        return gradients.affine_quantize(_forward, _masked, x, scale, zero_point, limits, layout, before, ahead)

@@ -92,10 +92,10 @@ class Tile(NamedTuple):
 def _tile(layout: Layout, item_size: int, loads: int, shared_memory: int) -> Tile | None:
     """What was fastest on an H200; None: rows do not stay on chip. loads: tensors that are read, values of item_size bytes."""
     n, channels = layout.outer * layout.inner, triton.next_power_of_2(layout.channels)
-    block = triton.next_power_of_2(n)
-    if layout.inner == 1 and layout.outer > 1:  # channels_last: segments of 64 bytes or more of neighbouring channels
+    block, side_by_side = triton.next_power_of_2(n), layout.inner == 1 and layout.outer > 1
+    if side_by_side:  # channels_last: all channels, or segments of 64 bytes or more of neighbouring ones
         rows = min(32, _LARGEST // block)
-        if rows * item_size < 64:
+        if rows < channels and rows * item_size < 64:
             return None
         rows = min(rows, channels)
         warps = rows * block // (1024 if rows * block < _LARGEST // 2 else 2048)
@@ -105,7 +105,9 @@ def _tile(layout: Layout, item_size: int, loads: int, shared_memory: int) -> Til
         rows = min(max(1, 512 // block), channels)
         warps = rows * block // (512 if block < 4096 else 1024)
     buffers = 2 * loads * _LARGEST * item_size  # and some for conversions
-    stages = 3 if rows * block == _LARGEST and buffers + 3 * 2**13 <= shared_memory else 1
+    # of 4 bytes at least are loads that go on beside other work: single values, where wider loads may not begin
+    alone = item_size < 4 and (layout.channels if side_by_side else n) % 16 != 0
+    stages = 3 if rows * block == _LARGEST and not alone and buffers + 3 * 2**13 <= shared_memory else 1
     return Tile(rows, block, max(1, min(16, warps)), stages)
 
 
@@ -116,11 +118,12 @@ def reads(layout: Layout, item_size: int) -> int:
 
 @cache
 def _chip(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory that a program can have."""
+    """Multiprocessors, and bytes of shared memory that a program can fill while it does other work: none before Ampere."""
     if device.type != "cuda":
         return 2, 2**18  # the interpreter
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", 0)
+    shared_memory = getattr(properties, "shared_memory_per_block_optin", 0) if properties.major >= 8 else 0
+    return properties.multi_processor_count, shared_memory
 
 
 def _forward(x: Tensor, bit_width: int, layout: Layout, before: Before, ahead: Ahead | None, needs_mask: bool):
@@ -162,4 +165,5 @@ def _masked(grad: Tensor, mask: Tensor, scale: None, layout: Layout) -> Tensor:
 
 def granq(x: Tensor, bit_width: int, layout: Layout, before: Before, ahead: Ahead | None) -> GranQResult:
     """See :func:`granq_plugin.kernels.granq`."""
-    return gradients.granq(_forward, _masked, x, bit_width, layout, before, ahead)
+    with torch.cuda.device_of(x):  # kernels are launched on the current device
+        return gradients.granq(_forward, _masked, x, bit_width, layout, before, ahead)

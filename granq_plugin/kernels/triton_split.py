@@ -20,7 +20,8 @@ _LAG = 2**20  # values between reading a part and quantizing it; at least the pa
 
 @triton.jit
 def _key(x):
-    """Integers in the order of the values; a NaN is beyond all values, on the side of its sign. Nothing is 0."""
+    """Integers in the order of the values; a NaN is beyond all of them, on the side of its sign. 0, from which maxima begin, is
+    below all values."""
     bits = x.to(tl.uint32, bitcast=True)
     return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
@@ -67,7 +68,7 @@ def _granq_split(
         tl.atomic_add(done_ptr + ticket // parts, 1, sem="release")
     unit = ticket - lag
     if unit >= 0:
-        while tl.atomic_add(done_ptr + unit // parts, 0, sem="acquire") < parts:
+        while tl.atomic_add(done_ptr + unit // parts, 0, sem="acquire") < parts:  # a load that sees the ranges before the count
             pass
         x, passes, address, inside, row, exists = _part(
             unit, x_ptr, residual_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, channels, row_stride, sample_stride, step, n,
@@ -85,7 +86,8 @@ def _granq_split(
 def launch(tensors: tuple, samples: int, geometry: tuple, numbers: tuple, constants: dict) -> None:
     """Arguments as those of ``triton_kernel._granq``; ``geometry`` is ``channels, row_stride, sample_stride, step, n``."""
     channels, row_stride, *_, n = geometry
-    rows = 1 if row_stride > 1 else min(64 if channels > 64 else 32, triton.next_power_of_2(channels))
+    is_contiguous = row_stride > 1
+    rows = 1 if is_contiguous else min(64 if channels > 64 else 32, triton.next_power_of_2(channels))
     block = _TILE // rows
     parts, tiles = triton.cdiv(n, block), triton.cdiv(channels, rows)
     groups, count = samples * tiles, samples * channels

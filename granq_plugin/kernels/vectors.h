@@ -233,12 +233,17 @@ struct Out {
         CAN_STREAM && past_cache ? f(std::bool_constant<CAN_STREAM>()) : f(std::false_type());
     }
     template <bool PAST> inline void write(int64_t at, V v) const {
-#ifdef __AVX2__
+#if defined(__AVX512F__)
+        if (PAST) {
+            __m512 line;  // whole, so that none is written in parts
+            std::memcpy(&line, &v, sizeof(line));
+            return _mm512_stream_ps((float*)(y + at), line);
+        }
+#elif defined(__AVX2__)
         if (PAST) {
             __m256 halves[2];
             std::memcpy(halves, &v, sizeof(halves));
-            _mm256_stream_ps((float*)(y + at), halves[0]), _mm256_stream_ps((float*)(y + at) + 8, halves[1]);
-            return;
+            return _mm256_stream_ps((float*)(y + at), halves[0]), _mm256_stream_ps((float*)(y + at) + 8, halves[1]);
         }
 #endif
         store(y + at, v);

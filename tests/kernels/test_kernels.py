@@ -440,8 +440,8 @@ torch.manual_seed(0)
 # so that small tensors take all ways
 triton_kernel._LARGEST, triton_split._TILE, triton_split._LAG, triton_short._LONGEST, triton_short._TILE = 256, 64, 128, 32, 64
 cl = torch.channels_last
-shapes = [((2, 1, 100), None, 1), ((2, 3, 8, 8), None, 3), ((1, 33, 3, 5), cl, 3), ((1, 2, 300), None, "split"),
-          ((1, 5, 6, 6), cl, "split"), ((2, 3, 5, 5), None, "short"), ((3, 7), None, "short")]
+shapes = [((2, 1, 100), None, 1), ((2, 3, 8, 8), None, 3), ((1, 33, 3, 5), cl, 3), ((1, 3, 6, 7), cl, 3),
+          ((1, 2, 300), None, "split"), ((1, 5, 6, 6), cl, "split"), ((2, 3, 5, 5), None, "short"), ((3, 7), None, "short")]
 cases = [(s, f, way, d, b, p) for s, f, way in shapes
          for d in ((torch.float32, torch.bfloat16, torch.float16) if s == (3, 7) else (torch.float32, torch.bfloat16))
          for b, p in ((Before(True, None, 0.9), None), (Before(True), float("nan")), (Before(), float("-inf")))]
@@ -462,6 +462,7 @@ for shape, memory_format, way, dtype, before, poison in cases:
     incoming = torch.randn(shape).to(dtype)
     actual.value.backward(incoming), expected.value.backward(incoming)
     oracles.assert_equal(a.grad, b.grad)
+assert {kernels.backend(torch.ones(2, 3, 4).to(t)) for t in (torch.float64, torch.float8_e4m3fn)} == {"eager"}
 print(len(cases))
 """
 
@@ -515,7 +516,7 @@ def interpreter():
 def test_triton_in_its_interpreter(interpreter):
     """Rows on chip, on their way while others are quantized, shared by programs, short ones; channels_last, rows of a matrix, all
     dtypes, NaN and Inf: equal to torch's operations."""
-    assert run_python(_TRITON, TRITON_INTERPRET="1", GRANQ_KERNEL="triton").split()[-1] == "45"
+    assert run_python(_TRITON, TRITON_INTERPRET="1", GRANQ_KERNEL="triton").split()[-1] == "51"
 
 
 def test_triton_of_a_batch_norm_ahead_in_its_interpreter(interpreter):
