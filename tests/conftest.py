@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-import granq_plugin  # noqa: F401  (registers the handlers)
+from granq_plugin import kernels  # and the handlers are registered
 
 # benchmarks/ is not part of the wheel, and its folder on the path would put the checkout before the wheel
 _folder = Path(__file__).parent.parent / "benchmarks"
@@ -37,6 +37,13 @@ def compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def cpp_kernel():
+    """Skip a test of the C++ kernel where it cannot be built."""
+    if kernels.why_not_compiled() is not None:
+        pytest.skip(f"the kernel cannot be built: {kernels.why_not_compiled()}")
 
 
 @pytest.fixture

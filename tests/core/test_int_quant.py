@@ -9,11 +9,7 @@ from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import oracles
-from granq_plugin import kernels
 from granq_plugin.core.int_quant import FusedIntQuant, has_stock_arithmetic
-
-needs_compiler = pytest.mark.skipif(
-    kernels.why_not_compiled() is not None, reason=f"the kernel cannot be built: {kernels.why_not_compiled()}")
 
 
 def pair(signed: bool = False, narrow_range: bool = False, **options) -> tuple[IntQuant, IntQuant]:
@@ -44,7 +40,7 @@ def test_is_brevitas_int_quant(values, bits, signed, narrow, scale, zero_point, 
             oracles.assert_equal(a, e)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("cpp_kernel")
 def test_runs_the_kernel():
     y, _ = results(pair()[1], torch.randn(2, 3, 4, 4), torch.tensor(0.1), torch.tensor(0.0), 4)
     assert "AffineQuantize" in type(y.grad_fn).__name__

@@ -1,11 +1,7 @@
 """The kernels give the bits of torch's operations, and step aside wherever something looks at those operations."""
 
 import copy
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import brevitas.nn as qnn
 import pytest
@@ -14,7 +10,6 @@ from brevitas.core.function_wrapper import Identity
 from brevitas.core.quant import IntQuant
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packaging.version import Version
 from torch import nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -22,19 +17,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import oracles
 from granq_plugin import GranQActPerChannel, GranQActPerChannelStatic, kernels
 from granq_plugin import functional as GF
-from granq_plugin.kernels import Ahead, Before, native
+from granq_plugin.kernels import Ahead, Before
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 BEFORE = st.sampled_from([
     Before(), Before(relu=True), Before(relu=True, max_val=6.0), Before(min_val=-0.5, max_val=0.7), Before(min_val=0.2),
     Before(relu=True, min_val=0.2), Before(max_val=-0.1), Before(min_val=1.0, max_val=-1.0)])
-needs_compiler = pytest.mark.skipif(
-    kernels.why_not_compiled() is not None, reason=f"the kernel cannot be built: {kernels.why_not_compiled()}")
-
-
-@pytest.fixture(autouse=True)
-def _not_forced(monkeypatch):
-    monkeypatch.delenv("GRANQ_KERNEL", raising=False)
 
 
 def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -78,7 +66,7 @@ def compare(compiled, eager, leaves: tuple, incoming: torch.Tensor) -> None:
         oracles.assert_equal(a, b)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("cpp_kernel")
 class TestCompiled:
 
     @given(tensors(), oracles.BIT_WIDTHS, BEFORE)
@@ -253,7 +241,7 @@ class TestCompiled:
         for a in (ahead, ahead._replace(weight=torch.randn(3), residual=residual)):
             oracles.assert_equal(kernels.granq(x, 3, 1, Before(), a).value, GF.granq(a.apply(x), 3).value)
 
-    def test_another_default_device_and_type(self):
+    def test_another_default_device_and_type(self, run_python):
         """Decide nothing: in a new process, since answers are kept."""
         code = ("import torch; from granq_plugin import kernels; from granq_plugin import functional as GF\n"
                 "from granq_plugin.kernels import Ahead, Before\n"
@@ -359,251 +347,10 @@ class TestForcing:
         with pytest.raises(RuntimeError, match="GRANQ_KERNEL=triton, but: Triton runs on a GPU, and x is on cpu"):
             kernels.granq(torch.randn(1, 2, 3), 4)
 
-    @pytest.mark.parametrize("broken", ["compiler", "flags", "folder", "shared", "home"])
-    def test_without_a_kernel(self, monkeypatch, tmp_path, broken):
-        """Eager results, and a reason that can be asked for; forced, an error that gives it."""
-        folder, reason = tmp_path / "cache", {
-            "compiler": "no C\\+\\+ compiler", "flags": "failed", "folder": "Error", "shared": "other users",
-            "home": "home"}[broken]
-        if broken == "compiler":
-            monkeypatch.setenv("PATH", str(tmp_path))
-        elif broken == "flags":
-            monkeypatch.setattr(native, "FLAGS", ("--no-such-flag", ))
-        elif broken == "folder":
-            folder.write_text("a file")
-        elif broken == "shared":
-            (folder / "granq-plugin").mkdir(parents=True)
-            (folder / "granq-plugin").chmod(0o777)
-        monkeypatch.delenv("CXX", raising=False)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-        if broken == "home":  # as Path.home says it
-            monkeypatch.delenv("XDG_CACHE_HOME")
-            monkeypatch.setattr(Path, "home", classmethod(lambda cls: (_ for _ in ()).throw(RuntimeError("no home directory"))))
-        native._built.cache_clear()
-        try:
-            x = torch.randn(2, 3, 4, 4)
-            assert kernels.backend(x) == "eager"
-            oracles.assert_equal(kernels.granq(x, 4).value, oracles.granq_tensor(x, 4))
-            with pytest.raises(AssertionError, match=reason):
-                raise AssertionError(kernels.why_not_compiled())
-            monkeypatch.setenv("GRANQ_KERNEL", "compiled")
-            with pytest.raises(RuntimeError, match=f"GRANQ_KERNEL=compiled, but: .*{reason}"):
-                kernels.granq(x, 4)
-        finally:
-            native._built.cache_clear()
-
-
-def run_python(code: str, **env: str) -> str:
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | dict(PYTHONPATH=str(Path(__file__).parent.parent)) | env,
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout
-
-
-@needs_compiler
-def test_nothing_is_built_or_imported_before_use(tmp_path):
-    """A fresh cache: empty after the import, a library of the user's own after the first forward."""
-    out = run_python(
-        "import sys, torch, granq_plugin, os; from granq_plugin import kernels\n"
-        "print(os.path.exists(os.environ['XDG_CACHE_HOME'] + '/granq-plugin'), 'triton' in sys.modules and "
-        "'granq_plugin.kernels.triton_kernel' in sys.modules)\n"
-        "print(kernels.backend(torch.randn(1, 2, 40)))", XDG_CACHE_HOME=str(tmp_path))
-    assert out.split() == ["False", "False", "compiled"]
-    folder = tmp_path / "granq-plugin"
-    assert folder.stat().st_mode & 0o777 == 0o700 and [p.suffix for p in folder.iterdir()] == [".so"]
-
-
-@needs_compiler
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_forked_process():
-    """After a parallel run in the parent, whose threads the child does not have."""
-    out = run_python(
-        "import os, torch; from granq_plugin import functional as GF, kernels\n"
-        "torch.set_num_threads(2); x = torch.randn(8, 16, 64, 64); expected = GF.granq(x, 4).value\n"
-        "assert torch.equal(kernels.granq(x, 4).value, expected)\n"
-        "pid = os.fork()\n"
-        "if not pid:\n"
-        "    value = kernels.granq(x, 4).value\n"
-        "    torch.set_num_threads(1)  # as torch's own parallel operations need after a fork\n"
-        "    os._exit(0 if torch.equal(value, expected) else 1)\n"
-        "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))")
-    assert out.split() == ["0"]
-
-
-_TRITON = """
-import torch
-from granq_plugin import functional as GF, kernels
-import oracles
-from granq_plugin.kernels import Before, triton_kernel, triton_short, triton_split
-torch.manual_seed(0)
-# so that small tensors take all ways
-triton_kernel._LARGEST, triton_split._TILE, triton_split._LAG, triton_short._LONGEST, triton_short._TILE = 256, 64, 128, 32, 64
-cl = torch.channels_last
-shapes = [((2, 1, 100), None, 1), ((2, 3, 8, 8), None, 3), ((1, 33, 3, 5), cl, 3), ((1, 3, 6, 7), cl, 3),
-          ((1, 2, 300), None, "split"), ((1, 5, 6, 6), cl, "split"), ((2, 3, 5, 5), None, "short"), ((3, 7), None, "short")]
-cases = [(s, f, way, d, b, p) for s, f, way in shapes
-         for d in ((torch.float32, torch.bfloat16, torch.float16) if s == (3, 7) else (torch.float32, torch.bfloat16))
-         for b, p in ((Before(True, None, 0.9), None), (Before(True), float("nan")), (Before(), float("-inf")))]
-for shape, memory_format, way, dtype, before, poison in cases:
-    layout = kernels.layout_of(torch.empty(shape, memory_format=memory_format or torch.contiguous_format), 1)
-    tile = triton_kernel._tile(layout, 4, 1, 2**18)
-    short = layout.outer == 1 and triton_short.suits(layout.inner)
-    assert way == ("short" if short else "split" if tile is None else tile.stages), (shape, way)
-    x = torch.randn(shape)
-    if poison is not None:
-        x.view(-1)[3] = poison
-    x = x.to(dtype).contiguous(memory_format=memory_format or torch.contiguous_format)
-    assert kernels.backend(x) == "triton"
-    a, b = (x.clone().requires_grad_() for _ in range(2))
-    actual, expected = kernels.granq(a, 4, 1, before), GF.granq(before.apply(b), 4)
-    for p, q in zip(actual, expected):
-        oracles.assert_equal(p, q)
-    incoming = torch.randn(shape).to(dtype)
-    actual.value.backward(incoming), expected.value.backward(incoming)
-    oracles.assert_equal(a.grad, b.grad)
-assert {kernels.backend(torch.ones(2, 3, 4).to(t)) for t in (torch.float64, torch.float8_e4m3fn)} == {"eager"}
-print(len(cases))
-"""
-
-
-_TRITON_AHEAD = """
-import torch
-from granq_plugin import functional as GF, kernels
-import oracles
-from granq_plugin.kernels import Ahead, Before, triton_frozen, triton_kernel, triton_short, triton_split
-torch.manual_seed(0)
-triton_kernel._LARGEST, triton_split._TILE, triton_split._LAG, triton_short._LONGEST, triton_short._TILE = 64, 64, 128, 32, 64
-triton_frozen._TILE, triton_frozen._BLOCKS = 32, (32, 16)
-cl, count = torch.channels_last, 0
-before = Before(True, None, 2.0)
-for shape, memory_format in (((2, 3, 5, 5), None), ((1, 33, 2, 2), cl), ((1, 2, 9, 10), None), ((2, 3, 4, 8), None)):
-    for dtype in (torch.float32, torch.bfloat16):
-        for residual in (False, True):
-            for affine in (False, True):
-                x, r, incoming = (torch.randn(shape).to(dtype).contiguous(memory_format=memory_format or torch.contiguous_format)
-                                  for _ in range(3))
-                # powers of two, so that BatchNorm is exact in whatever order it is computed
-                mean, bias = torch.randint(-3, 4, (2, shape[1])) / 4
-                weight = 2.0 ** torch.randint(-2, 3, (shape[1], )) * torch.tensor([1.0, -1.0])[torch.randint(2, (shape[1], ))]
-                var = 4.0 ** torch.randint(-1, 2, (shape[1], ))
-                ends = torch.rand(1, shape[1], 1, 1)
-                scale, zero_point = GF.affine_params(-ends, 3 * ends, 3, False)
-                results = []
-                for fused in (True, False):
-                    leaves = [x.clone().requires_grad_()] + [t.clone().requires_grad_() for t in (weight, bias) if affine]
-                    ahead = Ahead(mean, var, *(leaves[1:] if affine else (None, None)), 1e-30, r if residual else None)
-                    if fused:
-                        a = kernels.granq(leaves[0], 4, 1, before, ahead)
-                        b = kernels.affine_quantize(leaves[0], scale, zero_point, (0, 7), 1, before, ahead)
-                    else:
-                        a = GF.granq(before.apply(ahead.apply(leaves[0])), 4)
-                        b = GF.affine_quantize(before.apply(ahead.apply(leaves[0])), scale, zero_point, (0, 7))
-                    grads = [torch.autograd.grad(y, leaves, incoming) for y in (a.value, b)]
-                    results.append([*a, b, *grads[0], *grads[1]])
-                for p, q in zip(*results):
-                    oracles.assert_equal(p, q)
-                count += 1
-print(count)
-"""
-
-
-@pytest.fixture
-def interpreter():
-    pytest.importorskip("triton", "3.5", reason="Triton 3.5 is not installed (older interpreters fail on numpy 2.4)")
-
-
-def test_triton_in_its_interpreter(interpreter):
-    """Rows on chip, on their way while others are quantized, shared by programs, short ones; channels_last, rows of a matrix, all
-    dtypes, NaN and Inf: equal to torch's operations."""
-    assert run_python(_TRITON, TRITON_INTERPRET="1", GRANQ_KERNEL="triton").split()[-1] == "51"
-
-
-def test_triton_of_a_batch_norm_ahead_in_its_interpreter(interpreter):
-    """With and without an addition, weight and bias; long rows, channels_last, rounding to half precision; gradients."""
-    assert run_python(_TRITON_AHEAD, TRITON_INTERPRET="1", GRANQ_KERNEL="triton").split()[-1] == "32"
-
-
-_TRITON_FROZEN = """
-import torch
-from granq_plugin import functional as GF, kernels
-import oracles
-from granq_plugin.kernels import Before, triton_frozen
-torch.manual_seed(0)
-triton_frozen._TILE, triton_frozen._BLOCKS = 32, (32, 16)  # so that small tensors take several tiles
-cl, weights = torch.channels_last, [((6, 3, 3, 3), None, 0), ((4, 6, 3, 3), None, 1), ((5, 7), None, 0)]
-cases = [(s, f, a, d, b) for s, f, a in [((2, 3, 5, 5), None, 1), ((2, 33, 3, 5), cl, 1), ((3, 7), None, 1), *weights]
-         for d in (torch.float32, torch.bfloat16, torch.float16) for b in (Before(True, None, 0.9), Before(True), Before())]
-for shape, memory_format, axis, dtype, before in cases:
-    for per_channel in (True, False):
-        x = torch.randn(shape)
-        x.view(-1)[3:6] = torch.tensor([float("nan"), float("inf"), 0.0])
-        x = x.to(dtype).contiguous(memory_format=memory_format or torch.contiguous_format)
-        ends = torch.rand([n if per_channel and d == axis else 1 for d, n in enumerate(shape)])
-        signed = before == Before()
-        scale, zero_point = GF.affine_params(-ends if signed else 0.1 - ends, ends, 3, signed)
-        limits = GF.integer_limits(3, signed)
-        assert kernels.backend(x) == "triton"
-        a, b = (x.clone().requires_grad_() for _ in range(2))
-        calls = []
-        launch, triton_frozen._launch = triton_frozen._launch, lambda layout: calls.append(layout) or launch(layout)
-        actual = kernels.affine_quantize(a, scale, zero_point, limits, axis, before)
-        triton_frozen._launch = launch
-        assert calls, (shape, axis)
-        expected = GF.affine_quantize(before.apply(b), scale, zero_point, limits)
-        oracles.assert_equal(actual, expected)
-        incoming = torch.randn(shape).to(dtype)
-        actual.backward(incoming), expected.backward(incoming)
-        oracles.assert_equal(a.grad, b.grad)
-print(len(cases))
-"""
-
-
-def test_triton_of_frozen_ranges_in_its_interpreter(interpreter):
-    """Activations and weights, one range for each channel or for all, in rows and columns, clipped values and their gradients."""
-    assert run_python(_TRITON_FROZEN, TRITON_INTERPRET="1", GRANQ_KERNEL="triton").split()[-1] == "54"
-
-
-@pytest.mark.parametrize("which, option", [(w, o) for w in ("dynamic", "frozen", "backward") for o in (False, True)]
-                         + [("short", True), ("split", True)])
-@pytest.mark.parametrize("norm", [0, 2])
-def test_triton_compiles_for_a_gpu_without_fused_operations(which, option, norm):
-    """To PTX, which needs no GPU: divisions round correctly and nothing is contracted but what is meant to be."""
-    triton = pytest.importorskip("triton", reason="triton is not installed")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from granq_plugin.kernels import triton_frozen, triton_kernel, triton_short, triton_split
-    numbers = ("eps", "half_levels", "overflow", "smallest", "lowest", "highest", "low", "high", "above", "below", "largest")
-    pointers = {"mask_ptr": "*i8", "most_ptr": "*u32", "negated_ptr": "*u32", "done_ptr": "*i32", "ticket_ptr": "*i32"}
-    kernel = {"dynamic": triton_kernel._granq, "frozen": triton_frozen._frozen, "backward": triton_frozen._frozen_backward,
-              "short": triton_short._granq_short, "split": triton_split._granq_split}[which]
-    constants = dict(NORM=norm, CLAMP=2, MASK=True, NARROW=False, FAST=1, EVEN=option, ROWS=4, BLOCK=1024, STAGES=1 + 2 * option,
-                     INNER=7 * option, N=999)
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    signature = {name: "constexpr" if name in constants else "fp32" if name in numbers else
-                 pointers.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in kernel.arg_names}
-    ptx = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 80, 32),
-                         options=dict(enable_fp_fusion=False)).asm["ptx"]
-    values = 4 * 1024 // 128  # of each of a program's 128 threads
-    meant = 0 if which in ("frozen", "backward") else 4 * values  # corrections of quotients
-    if "NORM" in constants and norm:
-        meant += values
-        assert f"sqrt.rn{flushes()}.f32" in ptx
-    assert f"div.rn{flushes()}.f32" in ptx and "div.full" not in ptx and "approx" not in ptx
-    count = ptx.count("fma.rn.f32")
-    assert count == ptx.count("fma") and meant <= count <= meant + 4 * values * bool(norm)  # and shifts of channels
-
-
-def flushes() -> str:
-    """To 0, what lies below the normal numbers."""
-    import triton
-    return "" if Version(triton.__version__) >= Version("3.6") else ".ftz"
-
 
 class TestInNetworks:
 
-    @needs_compiler
+    @pytest.mark.usefixtures("cpp_kernel")
     def test_memory_of_the_backward(self):
         """ReLU + GranQ keep a bit of each value: nothing of the size of the tensor is saved."""
         x = torch.randn(4, 8, 16, 16, requires_grad=True)
