@@ -1,7 +1,7 @@
 """From dynamic to static ranges: :func:`to_static`."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def to_static(
         model: a model with :class:`GranQActPerChannel` quantizers, as :func:`quantize` returns it.
         calibration_batches: iterable of input tensors, or of tuples whose first element is one (labels are not used), of any
             float type and device: the synthetic images of a run of zero-shot QAT, say.
-        act_quant: the static quantizer.
+        act_quant: the static quantizer; its bit width is that of the dynamic one.
         forward: how to run the model on a batch, e.g. ``lambda model, batch: model(**batch)`` for several inputs.
         inplace: convert ``model`` itself; otherwise a deep copy.
 
@@ -57,10 +57,8 @@ def to_static(
                         "give a single batch as [batch]")
     check_quantizer("act_quant", act_quant, GranQStaticActProxy)
     model = model if inplace else copy_model(model)
-    dynamic = _swap_dynamic_proxies(model, act_quant)
-    if not dynamic:
-        raise ValueError("model has no dynamic GranQ activation quantizer (GranQActPerChannel) to make static")
-    modes = {m: m.training for m in model.modules()}
+    dynamic: list[tuple[nn.Module, str, nn.Module]] = []
+    modes: dict[nn.Module, bool] = {}
     like = next(model.parameters(), torch.empty(0))
 
     def first_element(model, batch):
@@ -69,13 +67,18 @@ def to_static(
             model(x.to(like.device, like.dtype if x.is_floating_point() else x.dtype))
 
     batches = 0
-    model.eval()
     try:
+        dynamic.extend(_swap_dynamic_proxies(model, act_quant))
+        if not dynamic:
+            raise ValueError("model has no dynamic GranQ activation quantizer (GranQActPerChannel) to make static")
+        modes = {m: m.training for m in model.modules()}
+        model.eval()
         with torch.no_grad(), calibration_mode(model):
             for batch in calibration_batches:
                 (forward or first_element)(model, batch)
                 batches += 1
-        collectors = {name: m for name, m in model.named_modules() if isinstance(m, CollectedRange)}
+        new = {m for layer, attribute, _ in dynamic for m in getattr(layer, attribute).modules()}
+        collectors = {name: m for name, m in model.named_modules() if isinstance(m, CollectedRange) and m in new}
         unseen = [name for name, m in collectors.items() if not m.has_ranges]
         if len(unseen) == len(collectors):
             raise ValueError(f"calibration_batches is empty: {batches} batches without a sample; at least one image is needed")
@@ -99,13 +102,13 @@ def _input_of(batch) -> Tensor:
     return x
 
 
-def _swap_dynamic_proxies(model: nn.Module, act_quant) -> list[tuple[nn.Module, str, nn.Module]]:
+def _swap_dynamic_proxies(model: nn.Module, act_quant) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """Rebuild every dynamic proxy as a static one; layers that share a proxy share the new one.
 
-    Returns:
+    Yields:
         ``(layer, attribute, dynamic proxy)`` for each that was replaced.
     """
-    swapped, places = {}, []
+    swapped = {}
     for module in list(model.modules()):
         for attribute, proxy in list(module.named_children()):
             if not isinstance(proxy, GranQDynamicActProxy):
@@ -115,8 +118,7 @@ def _swap_dynamic_proxies(model: nn.Module, act_quant) -> list[tuple[nn.Module, 
             else:
                 swapped[proxy] = _static_proxy(module, proxy, act_quant)
             setattr(module, attribute, swapped[proxy])
-            places.append((module, attribute, proxy))
-    return places
+            yield module, attribute, proxy
 
 
 def _static_proxy(layer: nn.Module, proxy: GranQDynamicActProxy, act_quant):

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from granq_plugin import functional as GF
@@ -34,7 +34,8 @@ def freeze_weights(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         ValueError: names the layer, if its weight is computed from others (``fold(..., trainable=True)``: bake it first), is not
-            float32 or not finite, or has a quantizer in common with another weight; if there is nothing to freeze.
+            float32 or not finite, has a quantizer in common with another weight, or is another layer's weight too, whose
+            quantizer gives it other values; if there is nothing to freeze.
 
     Example:
         >>> from granq_plugin import quantize
@@ -48,8 +49,10 @@ def freeze_weights(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         raise ValueError("model has no GranQ weight quantizer to freeze, or is frozen already")
     for name, layer in layers.items():
         _check(name, layer)
-    for layer in layers.values():
-        _freeze(layer)
+    quantized = {name: _quantized(layer) for name, layer in layers.items()}
+    _check_tied(layers, quantized)
+    for name, layer in layers.items():
+        _freeze(name, layer, *quantized[name])
     return model
 
 
@@ -126,6 +129,25 @@ def _check(name: str, layer: nn.Module) -> None:
         raise ValueError(f"cannot freeze '{name}': its weight quantizer is also another weight's; give each its own")
 
 
+@torch.no_grad()
+def _quantized(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """The quantized weight, and what a frozen quantizer keeps of its own."""
+    quantizer, weight = layer.weight_quant.tensor_quant, layer.weight
+    value, scale, zero_point, _ = quantizer(weight)
+    if isinstance(layer.weight_quant, GranQPerKernelWeightProxy):  # it divides by s, whose reciprocal is rounded
+        scale, zero_point = GF.inverse_scale(*GF.channel_range(weight), quantizer.bit_width)
+    return value, scale, zero_point
+
+
+def _check_tied(layers: dict[str, nn.Module], quantized: dict[str, tuple]) -> None:
+    """Layers that share a weight agree in what it becomes."""
+    first = {}
+    for name, layer in layers.items():
+        other = first.setdefault(layer.weight, name)
+        if not torch.equal(quantized[other][0], quantized[name][0]):
+            raise ValueError(f"cannot freeze '{name}': its weight is also that of '{other}', which quantizes it to other values")
+
+
 def _swap(proxy: nn.Module) -> FrozenWeightQuant:
     """A frozen quantizer, without scales, in the place of the proxy's; through the injector, so that it survives a reload."""
     like = next(m.weight for m in proxy.tracked_module_list)
@@ -137,12 +159,9 @@ def _swap(proxy: nn.Module) -> FrozenWeightQuant:
 
 
 @torch.no_grad()
-def _freeze(layer: nn.Module) -> None:
+def _freeze(name: str, layer: nn.Module, value: Tensor, scale: Tensor, zero_point: Tensor) -> None:
     proxy, weight = layer.weight_quant, layer.weight
     old, per_kernel = proxy.tensor_quant, isinstance(proxy, GranQPerKernelWeightProxy)
-    value, scale, zero_point, _ = old(weight)
-    if per_kernel:  # it divides by s, whose reciprocal is rounded
-        scale, zero_point = GF.inverse_scale(*GF.channel_range(weight), old.bit_width)
     frozen = _swap(proxy)
     frozen.set(scale, zero_point)
     weight.copy_(value)
@@ -152,7 +171,7 @@ def _freeze(layer: nn.Module) -> None:
     if exact and not one_value and int(integers.max()) - frozen.lowest <= 2**frozen.bit_width:
         return
     if not per_kernel:
-        raise ValueError("a quantized weight is not on its own grid")
+        raise ValueError(f"cannot freeze '{name}': its quantized weight is not on its own grid")
     proxy.quant_injector = proxy.quant_injector.let(tensor_quant=type(old))
     proxy.init_tensor_quant()
     proxy.disable_quant = True

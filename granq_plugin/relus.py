@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from granq_plugin.snapshot import Snapshot
+
 __all__ = ["RELUS", "flattened", "relu_class", "separate_relus", "trace"]
 
 RELUS = (nn.ReLU, nn.ReLU6)
@@ -19,16 +21,23 @@ def trace(model: nn.Module, leaves: tuple[type, ...] = (), strict: bool = False)
     """The model's graph in its present mode, as called with its required arguments alone.
 
     The GraphModule shares the model's modules. Functional dropout becomes a module, which follows ``train()`` and ``eval()``.
-    Modules of the classes ``leaves`` are kept whole, as torch's own are. With ``strict`` dropout stays as it is, and a forward that
-    switches gradients or autocast, which no graph shows, raises a RuntimeError.
+    Modules of the classes ``leaves`` are kept whole, as torch's own are. What the forward writes into the model while it is traced
+    is undone. With ``strict`` dropout stays as it is, and a forward that does what no graph shows raises a RuntimeError: one that
+    switches gradients or autocast, or writes into the model.
     """
     parameters = inspect.signature(model.forward).parameters.values()
     optional = {p.name: p.default for p in parameters if p.default is None or isinstance(p.default, (bool, int, float, str))}
     tracer = _Tracer(leaves, strict)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Was not able to add assertion", UserWarning)  # fx, of arguments fixed at None
-        graph = tracer.trace(model, optional or None)
-    graph_model = fx.GraphModule(tracer.root, graph, type(model).__name__)
+    snapshot = Snapshot(model)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Was not able to add assertion", UserWarning)  # fx, of arguments fixed at None
+            graph = tracer.trace(model, optional or None)
+        if strict and not snapshot.holds():
+            raise RuntimeError("the forward writes into the model")
+        graph_model = fx.GraphModule(tracer.root, graph, type(model).__name__)
+    finally:
+        snapshot.restore()
     for node in list(graph_model.graph.nodes):
         if node.op == "call_function" and node.target is F.dropout and not strict:
             p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)

@@ -48,8 +48,8 @@ def _unchanged(now: dict, was: dict) -> bool:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """NaN equal to NaN."""
-    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+    """NaN equal to NaN; what has no values, to anything of its shape."""
+    return a.shape == b.shape and (a.is_meta or bool(((a == b) | ((a != a) & (b != b))).all()))
 
 
 def _items(v) -> dict | list | None:

@@ -124,3 +124,23 @@ def test_unreached_quantizers_are_reported():
 
     with pytest.warns(UserWarning, match="never reached 1 activation quantizers, first: unused"):
         to_static(quantize(Auxiliary()), [torch.randn(4, 3)])
+
+
+def test_a_static_quantizer_that_does_not_fit_leaves_the_dynamic_model():
+    model = quantize(sequential().eval(), 4, 4)
+    relus = quant_relus(model)
+    relus[list(relus)[-1]].act_quant.fused_activation_quant_proxy.tensor_quant.bit_width = 1
+    proxies = [relu.act_quant for relu in relus.values()]
+    with pytest.raises(ValueError, match="at least 2, got 1"):
+        to_static(model, [image()], act_quant=GranQActPerChannelStatic.let(signed=True), inplace=True)
+    assert [relu.act_quant for relu in relus.values()] == proxies and not model.training
+
+
+def test_without_a_batch_nothing_is_static_though_something_was():
+    model = nn.Sequential(qnn.QuantIdentity(GranQActPerChannelStatic), qnn.QuantReLU(GranQActPerChannel)).train()
+    model(image())
+    model[0].act_quant.fused_activation_quant_proxy.tensor_quant.init_scale()
+    with pytest.raises(ValueError, match="calibration_batches is empty"):
+        to_static(model, [])
+    static = to_static(model, [image()])
+    assert static.training and static[1].act_quant.training

@@ -131,3 +131,17 @@ def test_weights_are_quantized_once(regime, monkeypatch):
     assert not any("quant_weight" in vars(m) for m in model.modules())
     model(x).sum().backward()
     assert model[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_tied_weights(regime):
+    """Frozen once for both layers; refused where they would become different ones."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU()).eval()
+    model[2].weight = model[0].weight
+    quantized, x = gq.quantize(model, 2, 4, weight_quant=REGIMES[regime]), torch.randn(3, 6)
+    assert quantized[2].weight is quantized[0].weight
+    with torch.no_grad():
+        assert torch.equal(freeze_weights(quantized)(x), quantized(x))
+    with pytest.raises(ValueError, match="cannot freeze '2': its weight is also that of '0', which quantizes it to other values"):
+        freeze_weights(gq.quantize(model, 2, 4, weight_quant=REGIMES[regime], first_layer_bit_width=5))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from granq_plugin import quantize
+from granq_plugin.relus import trace
 
 
 class Net(nn.Module):
@@ -130,3 +131,28 @@ def test_hooks_are_kept_or_reported():
     block[0].register_forward_hook(lambda m, i, o: o)
     with pytest.warns(UserWarning, match="hooks of modules that are traced through are not called any more: 0"):
         quantize(block)
+
+
+class Caching(nn.Module):
+    """Keeps something of its first input."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu, self.mask = nn.Conv2d(3, 4, 3), nn.ReLU(), None
+
+    def forward(self, x):
+        y = self.relu(self.conv(x))
+        if self.mask is None:
+            self.mask = torch.ones_like(y[:1])
+        return y * self.mask
+
+
+def test_what_a_forward_keeps_is_no_proxy_of_its_trace():
+    model = Caching().eval()
+    trace(model)
+    assert model.mask is None
+    quantized = quantize(model, 4, 4)
+    assert isinstance(quantized(torch.randn(2, 3, 5, 5)), torch.Tensor)
+    with pytest.raises(RuntimeError, match="writes into the model"):
+        trace(model, strict=True)
+    assert model.mask is None

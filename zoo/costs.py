@@ -40,10 +40,11 @@ def _macs(network: nn.Module, example_input: Tensor) -> int:
     """Multiply-accumulates of convolutions and linear layers."""
     counts = []
 
-    def count(layer: nn.Module, _, output: Tensor) -> None:
-        per_output = layer.in_features if isinstance(layer, nn.Linear) else layer.weight[0].numel()
-        counts.append(output.numel() // len(example_input) * per_output)
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    def count(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        read = inputs[0] if isinstance(layer, transposed) else output  # its values meet as many weights each
+        counts.append(read.numel() // len(example_input) * layer.weight[0].numel())
+    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *transposed)
     hooks = [m.register_forward_hook(count) for m in network.modules() if isinstance(m, kinds)]
     try:
         network(example_input)

@@ -15,10 +15,19 @@ class GranQBase(nn.Module):
     Args:
         int_quant: Brevitas's IntQuant. int_scaling_impl: Brevitas's, only kept reachable.
         bit_width: k, from 1 to 16.
+
+    Raises:
+        ValueError: if int_quant is signed and the quantizer always asymmetric (``symmetric`` False), or has a narrow range and is
+            unsigned.
     """
+    symmetric = True
 
     def __init__(self, int_quant: nn.Module, int_scaling_impl: nn.Module, bit_width: int) -> None:
         super().__init__()
+        if int_quant.signed and not self.symmetric:
+            raise ValueError(f"{type(self).__name__} has asymmetric ranges and unsigned integers; signed=True is not for it")
+        if int_quant.narrow_range and not int_quant.signed:
+            raise ValueError("narrow_range=True needs signed=True")
         self.bit_width = GF.check_bit_width(bit_width)
         self.int_quant = int_quant
         self.int_scaling_impl = int_scaling_impl

@@ -28,6 +28,7 @@ class DynamicGranQ(GranQBase):
     """
 
     fuses = True
+    symmetric = False
 
     def __init__(
             self,

@@ -70,7 +70,7 @@ class FrozenMinMaxWeightQuant(FrozenWeightQuant):
 
     @property
     def lowest(self) -> int:
-        return -2**(self.bit_width - 1) if self.signed else 0
+        return GF.integer_limits(self.bit_width, self.signed)[0]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         scale, zero_point = self.params()
@@ -88,6 +88,7 @@ class FrozenMinMaxWeightQuant(FrozenWeightQuant):
 class FrozenPerKernelGranQ(FrozenWeightQuant):
     """:class:`~granq_plugin.core.weight.PerKernelGranQ` with the s and z (``inv_scale``, ``offset``) that it had."""
     BUFFERS = ("inv_scale", "offset")
+    symmetric = False
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inv_scale, offset = self.params()

@@ -53,8 +53,8 @@ class StaticGranQ(GranQBase):
             sync_ranges: under torch.distributed, collect over the batches of all ranks, so that ranges stay equal; all ranks
             must then run the same number of collecting forwards;
             channel_axis: where C stands in the input; not 0.
-        signed: False: asymmetric unsigned, zero point 0 after a ReLU. True: symmetric, zero point 0.
-        narrow_range: only with signed; -(2^(k-1) - 1) is the lowest integer.
+        signed: False: asymmetric unsigned, zero point 0 after a ReLU. True: symmetric, zero point 0; int_quant may then have a
+            narrow range, of which -(2^(k-1) - 1) is the lowest integer.
         learned_scale: after freezing, the scale is a parameter, trained through the rounding (as in LSQ). It has no elements
             before; wrap the model in DistributedDataParallel after calibration.
         min_val, max_val, check_finite: as for :class:`~granq_plugin.core.dynamic.DynamicGranQ`.
@@ -72,15 +72,12 @@ class StaticGranQ(GranQBase):
             scaling_impl: CollectedRange,
             bit_width: int,
             signed: bool = False,
-            narrow_range: bool = False,
             learned_scale: bool = False,
             min_val: float | None = None,
             max_val: float | None = None,
             check_finite: bool = False) -> None:
         super().__init__(int_quant, int_scaling_impl, bit_width)
         GF.check_symmetric(signed, self.bit_width)
-        if narrow_range and not signed:
-            raise ValueError("narrow_range=True needs signed=True")
         self.scaling_impl = scaling_impl
         self.signed = signed
         self.clamp = ActClamp(min_val, max_val)

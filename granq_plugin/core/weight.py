@@ -97,6 +97,7 @@ class PerKernelGranQ(GranQBase):
     Args:
         int_quant, int_scaling_impl, bit_width: see :class:`~granq_plugin.core.base.GranQBase`.
     """
+    symmetric = False
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return *kernels.granq(x, self.bit_width), self.bits

@@ -177,10 +177,14 @@ def _rounding(ops: list[Op]) -> Iterator:
             yield op, f"rounding mode {op.quant.rounding} is accepted silently and computed wrongly; use ROUND"
 
 
+def _bits_of(quant: Quant) -> str:
+    return "an unknown number of bits" if quant.bits is None else f"{quant.bits:g} bits"
+
+
 def _activation_bits(ops: list[Op]) -> Iterator:
     for op in _activations(ops):
         if op.quant.bits is None or op.quant.bits not in range(2, 9):
-            yield op, f"{op.quant.bits or 'an unknown number of'} bits; activations have 2 to 8"
+            yield op, f"{_bits_of(op.quant)}; activations have 2 to 8"
 
 
 def _signs(ops: list[Op]) -> Iterator:
@@ -222,7 +226,7 @@ def _weight_scales(ops: list[Op]) -> Iterator:
 def _weight_bits(ops: list[Op]) -> Iterator:
     for op in _layers(ops):
         if op.weight is not None and op.weight.bits not in range(2, 9):
-            yield op, f"{op.weight.bits:g}-bit weights; use 2 to 8"
+            yield op, f"weights of {_bits_of(op.weight)}; use 2 to 8"
 
 
 def _integer_inputs(ops: list[Op]) -> Iterator:
@@ -244,7 +248,7 @@ def _additions(ops: list[Op]) -> Iterator:
         first, *others = [o.quant for o in operands]
         for other in others:
             same_scale = first.scale is not None and other.scale is not None and np.array_equal(first.scale, other.scale)
-            kinds = [f"{q.bits:g} bits {'signed' if q.signed else 'unsigned'}" for q in (first, other)]
+            kinds = [f"{_bits_of(q)} {'signed' if q.signed else 'unsigned'}" for q in (first, other)]
             if not same_scale:
                 yield op, "its branches have different scales; share one quantizer: convert with deploy.prepare()"
             elif kinds[0] != kinds[1]:

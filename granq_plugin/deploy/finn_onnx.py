@@ -118,7 +118,7 @@ class _Reader:
         bits, mode = self.constants.get(bits), attributes.get("rounding_mode", b"ROUND")
         return Quant(
             float(bits.item()) if bits is not None and bits.size == 1 else None, bool(attributes.get("signed", 1)),
-            bool(attributes.get("narrow", 0)), mode.decode() if isinstance(mode, bytes) else mode, self.constants.get(scale),
+            bool(attributes.get("narrow", 1)), mode.decode() if isinstance(mode, bytes) else mode, self.constants.get(scale),
             self.constants.get(zero_point))
 
     def _follow_weight(self, node, attributes: dict) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from granq_plugin import functional as GF
 from granq_plugin.convert import copy_model
 from granq_plugin.core.int_quant import FusedIntQuant
 from granq_plugin.core.proxy import GranQDynamicActProxy, GranQStaticActProxy
@@ -211,8 +212,8 @@ def _checked_scale(name: str, proxy: GranQStaticActProxy) -> Tensor:
 
 
 def _integer_range(proxy) -> tuple[int, int]:
-    bits, narrow = proxy.fused_activation_quant_proxy.tensor_quant.bit_width, bool(proxy.is_narrow_range)
-    return (-2**(bits - 1) + narrow, 2**(bits - 1) - 1) if proxy.is_signed else (0, 2**bits - 1)
+    bits = proxy.fused_activation_quant_proxy.tensor_quant.bit_width
+    return GF.integer_limits(bits, bool(proxy.is_signed), bool(proxy.is_narrow_range))
 
 
 def _folded_activation(layer: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from brevitas.nn.quant_layer import QuantNonLinearActLayer, QuantWeightBiasInput
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from granq_plugin import functional as GF
 from granq_plugin.convert import copy_model
 from granq_plugin.deploy.graph import Role, TracedModel, trace_quantized
 
@@ -111,10 +112,7 @@ def _scalar_scale(proxy) -> float | None:
 
 
 def _limits(proxy) -> tuple[int, int]:
-    bits = int(proxy.bit_width())
-    if proxy.is_signed:
-        return -2**(bits - 1) + bool(proxy.is_narrow_range), 2**(bits - 1) - 1
-    return 0, 2**bits - 1
+    return GF.integer_limits(int(proxy.bit_width()), bool(proxy.is_signed), bool(proxy.is_narrow_range))
 
 
 def _sums(traced: TracedModel, node: fx.Node) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:

@@ -1,6 +1,7 @@
 """What an exported network costs: :func:`report` counts operations and memory, layer by layer."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,10 +128,13 @@ def _report(proto, path: str | Path) -> CostReport:
     costs = inference_cost(graph, discount_sparsity=False, cost_breakdown=True)["node_cost"]
     layers = []
     for node, name, w_bits, a_bits in zip(nodes, names, weight_bits, activation_bits):
-        cost = costs.get(node.name, {})
+        read, kernel = (graph.get_tensor_shape(i) for i in node.input[:2])
+        if node.op_type == "ConvTranspose":  # which qonnx does not count
+            macs, weights = math.prod(read) * math.prod(kernel[1:]), math.prod(kernel)
+        else:
+            macs, weights = (_sum(costs[node.name], prefix) for prefix in ("op_mac", "mem_w"))
         layers.append(LayerCost(
-            name, node.op_type, int(_sum(cost, "op_mac")) // batch, int(_sum(cost, "mem_w")), w_bits,
-            _size(graph.get_tensor_shape(node.input[0])) // batch, a_bits))
+            name, node.op_type, int(macs) // batch, int(weights), w_bits, math.prod(read) // batch, a_bits))
     return CostReport(str(path), tuple(layers), metadata)
 
 
@@ -150,13 +154,6 @@ def _shapes_in_a_run(proto, shapes: dict, tensors: list[str]) -> dict[str, list[
 
 def _sum(cost: dict, prefix: str) -> float:
     return sum(v for k, v in cost.items() if k.startswith(prefix))
-
-
-def _size(shape) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
 
 
 def _ones(shape):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from granq_plugin.export.files import attribute, quant_limits
+from granq_plugin.export.files import attribute, constants_of, quant_limits
 from granq_plugin.reading import reason_of
 
 __all__ = ["EXECUTORS", "fixed_batch", "lower_quant", "open_executor", "split_for_hls4ml", "with_input_shapes"]
@@ -180,9 +180,7 @@ def lower_quant(model):
     lowered.CopyFrom(model)
     if not any(n.op_type == "Quant" for n in model.graph.node):
         return lowered
-    constants = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
-    constants |= {n.output[0]: numpy_helper.to_array(n.attribute[0].t)
-                  for n in model.graph.node if n.op_type == "Constant" and n.attribute[0].name == "value"}
+    constants = constants_of(model)
     nodes = []
     for i, node in enumerate(model.graph.node):
         if node.op_type != "Quant":

@@ -6,9 +6,13 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
+from granq_plugin.functional import integer_limits
 from granq_plugin.reading import existing_file, reason_of
 
-__all__ = ["attribute", "check_contents", "metadata_of", "quant_limits", "read_metadata", "read_onnx", "set_metadata"]
+__all__ = [
+    "attribute", "check_contents", "constants_of", "metadata_of", "quant_limits", "read_metadata", "read_onnx", "set_metadata"]
 
 MOST_INPUT, MOST_ELEMENTS = 2**22, 2**28
 """Of a sample, and of a tensor whose size can be told before the network runs."""
@@ -139,7 +143,16 @@ def attribute(node, name: str, default):
 
 def quant_limits(node, bits: int) -> tuple[int, int]:
     """The smallest and the largest integer of a Quant node."""
-    narrow = attribute(node, "narrow", 1)
-    if attribute(node, "signed", 1):
-        return -2**(bits - 1) + narrow, 2**(bits - 1) - 1
-    return 0, 2**bits - 1 - narrow
+    return integer_limits(bits, bool(attribute(node, "signed", 1)), bool(attribute(node, "narrow", 1)))
+
+
+def constants_of(model) -> dict[str, np.ndarray]:
+    """The tensors that a graph holds: initializers, and those of Constant nodes."""
+    from onnx import numpy_helper
+    found = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            found[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+        elif node.op_type == "Constant":
+            found[node.output[0]] = np.asarray(attribute(node, node.attribute[0].name, None))
+    return found

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from granq_plugin import functional as GF
 from granq_plugin.core.proxy import GranQDynamicActProxy
-from granq_plugin.export.files import attribute
+from granq_plugin.export.files import attribute, constants_of
 from granq_plugin.export.rounding import RoundingBounds, U, Unbounded
 
 __all__ = [
     "IntegerCheck",
     "IntegerTally",
     "QuantizerRecord",
+    "distances",
     "find_quantizers",
     "force_activations",
     "integers_of",
@@ -54,7 +55,7 @@ class IntegerCheck:
 
     Attributes:
         quantizers: how many activation quantizers were compared. values: how many integers. unequal: those that differ.
-        largest_step: the largest difference.
+        largest_step: the largest difference; infinite where one of the two has no number.
         tie_distance: how far from a rounding tie (a half) torch's value is, at most, where they differ, in steps.
         bound_used: the largest part of what float32 rounding can explain (twice the bound of one program) that a differing integer
             needs; above 1, the two do not compute the same.
@@ -64,7 +65,7 @@ class IntegerCheck:
     quantizers: int
     values: int
     unequal: int
-    largest_step: int
+    largest_step: float
     tie_distance: float
     bound_used: float
     unbounded: str
@@ -136,10 +137,8 @@ class FileQuantizer:
 
 def find_quantizers(model) -> list[FileQuantizer]:
     """The activation quantizers of an ``onnx.ModelProto`` that we exported, in order of execution."""
-    from onnx import numpy_helper
     nodes = model.graph.node
-    constants = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
-    constants |= {n.output[0]: numpy_helper.to_array(n.attribute[0].t) for n in nodes if n.op_type == "Constant"}
+    constants = constants_of(model)
     producer = {output: n for n in nodes for output in n.output}
     consumers = {}
     for n in nodes:
@@ -153,7 +152,9 @@ def find_quantizers(model) -> list[FileQuantizer]:
     found = []
     for node in nodes:
         if node.op_type == "Quant" and not _is_constant(node.input[0], producer, constants):
-            scale, zero_point = (constants[i] for i in node.input[1:3])
+            scale, zero_point = (constants.get(i) for i in node.input[1:3])
+            if scale is None or zero_point is None:
+                continue  # computed: then there are fewer than torch has, and the caller says so
             found.append(FileQuantizer(node.output[0], node.output[0], node.input[0], scale, zero_point, 1, scale, zero_point))
         elif node.op_type == "DequantizeLinear" and not _is_constant(node.input[0], producer, constants):
             found.append(FileQuantizer(node.output[0], node.input[0], *_before_quantize_linear(node, producer, constants)))
@@ -250,6 +251,14 @@ def _output(model, name: str):
     return helper.make_tensor_value_info(name, types[node.input[2]], None)
 
 
+def distances(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """``|found - expected|`` in float64: 0 where they are equal, also as infinities or NaN; infinite where one of them is NaN."""
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(found.astype(np.float64) - expected)
+    same = (found == expected) | (np.isnan(found) & np.isnan(expected))
+    return np.where(same, 0.0, np.nan_to_num(difference, nan=np.inf, posinf=np.inf))
+
+
 class IntegerTally:
     """Adds up an :class:`IntegerCheck` over batches.
 
@@ -259,8 +268,8 @@ class IntegerTally:
 
     def __init__(self, forced, quantizers: list[FileQuantizer]) -> None:
         self.found, self.bounds = quantizers, RoundingBounds(forced)
-        self.quantizers = self.values = self.unequal = self.largest_step = 0
-        self.tie_distance = self.bound_used = self.output_error = 0.0
+        self.quantizers = self.values = self.unequal = 0
+        self.largest_step = self.tie_distance = self.bound_used = self.output_error = 0.0
         self.unbounded = ""
 
     def add(self, inputs: dict[str, np.ndarray], records: list[QuantizerRecord], integers: list[np.ndarray],
@@ -268,21 +277,22 @@ class IntegerTally:
         """Compare one batch's records with the file's integers; inputs: what the forced model was run on."""
         self.quantizers, self.output_error = len(records), max(self.output_error, output_error)
         for quantizer, record, found in zip(self.found, records, integers):
-            difference = np.abs(found.astype(np.float64) - record.integers)
+            difference = distances(found, record.integers)
             # of a dynamic channel that is constant, the one integer is so large that float32 has no neighbour within 2 of it
-            unequal = difference > np.abs(record.integers) * 2.0**-22
+            unequal = difference > np.nan_to_num(np.abs(record.integers)) * 2.0**-22
             difference[~unequal] = 0
             self.values += difference.size
             if unequal.any():
                 self.unequal += int(unequal.sum())
-                self.largest_step = max(self.largest_step, int(difference.max()))
-                distance = np.abs(np.abs(record.exact - np.round(record.exact)) - 0.5)
+                self.largest_step = max(self.largest_step, float(difference.max()))
+                distance = np.nan_to_num(np.abs(np.abs(record.exact - np.round(record.exact)) - 0.5), nan=np.inf)
                 self.tie_distance = max(self.tie_distance, float(distance[unequal].max()))
                 samples = np.flatnonzero(unequal.reshape(len(unequal), -1).any(1))
                 apart = self._apart(quantizer, {name: x[samples] for name, x in inputs.items()})
                 if apart is not None:
                     needed = distance[samples] + difference[samples] - 1  # two steps need a whole one between two ties
-                    self.bound_used = max(self.bound_used, float((needed / apart)[unequal[samples]].max()))
+                    used = np.nan_to_num((needed / apart)[unequal[samples]], nan=np.inf)
+                    self.bound_used = max(self.bound_used, float(used.max()))
 
     def _apart(self, quantizer: FileQuantizer, inputs: dict[str, np.ndarray]) -> np.ndarray | None:
         """How far two correct programs' values can be apart in front of a quantizer, in steps; None if that is not known."""

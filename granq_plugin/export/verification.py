@@ -14,6 +14,7 @@ from granq_plugin.export.integers import (
     IntegerCheck,
     IntegerTally,
     QuantizerRecord,
+    distances,
     find_quantizers,
     force_activations,
     integers_of,
@@ -88,8 +89,8 @@ class Verification:
                 lines.append(f"    integers, layer by layer: {i.values - i.unequal} of {i.values} equal in {i.quantizers} "
                              f"quantizers; output then within {i.output_error:.1g}")
                 if i.unequal:
-                    lines.append(f"    {i.unequal} differ by at most {i.largest_step}, all within {i.tie_distance:.1g} steps of a "
-                                 f"rounding tie: {_explanation(i)}")
+                    lines.append(f"    {i.unequal} differ by at most {i.largest_step:g}, all within {i.tie_distance:.1g} steps of "
+                                 f"a rounding tie: {_explanation(i)}")
             if a.hls4ml_integers is not None:
                 lines.append("    integers that leave hls4ml, end to end: {} of {} equal".format(*a.hls4ml_integers))
         return "\n".join(lines)
@@ -161,7 +162,8 @@ def verify(
     batch_size = fixed_batch(proto) or batch_size
     if len(images) % batch_size and fixed_batch(proto):
         raise ValueError(f"the file takes batches of {batch_size}, of which {len(images)} images are no multiple")
-    model, device = model.cpu(), next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    model = model.cpu()
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
@@ -215,11 +217,9 @@ def _compare(name, proto, model, images, labels, batch_size, rtol, integers, pro
             exact, close, top1 = exact + int(same.sum()), close + int(same.sum()), top1 + int(same.sum())
             choice = found[:, 0].astype(np.int64)
         else:
-            difference = np.abs(found - flat)
-            relative = difference.max(1) / np.maximum(np.abs(flat).max(1), np.finfo(np.float32).tiny)
-            relative = np.where(np.isnan(relative), np.inf, relative)
+            difference, relative = distances(found, flat), _relative(found, flat)
             max_abs, max_rel = max(max_abs, float(difference.max())), max(max_rel, float(relative.max()))
-            exact += int((found == flat).all(1).sum())
+            exact += int((difference == 0).all(1).sum())
             close += int((relative <= rtol).sum())
             choice = found.argmax(1)
             top1 += int((choice == flat.argmax(1)).sum())
@@ -236,6 +236,11 @@ def _compare(name, proto, model, images, labels, batch_size, rtol, integers, pro
         name, len(images), exact, close, max_abs, max_rel, top1, None if labels is None else correct,
         None if labels is None else torch_correct, check.tally.result() if counted else None, missing,
         None if cut_integers is None else tuple(cut_integers))
+
+
+def _relative(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Of each sample's outputs ``[B, N]``, the largest difference, relative to the largest output that is expected."""
+    return distances(found, expected).max(1) / np.maximum(np.nan_to_num(np.abs(expected)).max(1), np.finfo(np.float32).tiny)
 
 
 def _equal_integers(values: np.ndarray, records: list[QuantizerRecord]) -> tuple[int, int]:
@@ -278,6 +283,6 @@ class _IntegerRun:
         error = 0.0
         if expected is not None:
             flat, found = expected.reshape(len(x), -1), np.asarray(outputs[self.output]).reshape(len(x), -1)
-            error = float((np.abs(found - flat).max(1) / np.maximum(np.abs(flat).max(1), np.finfo(np.float32).tiny)).max())
+            error = float(_relative(found, flat).max())
         self.tally.add(inputs, records, [integers_of(q, outputs) for q in self.quantizers], error)
         return ""

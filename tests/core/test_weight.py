@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracles
-from granq_plugin import GranQWeightPerChannel, GranQWeightPerChannelSymmetric, GranQWeightPerKernel
+from granq_plugin import GranQActPerChannel, GranQWeightPerChannel, GranQWeightPerChannelSymmetric, GranQWeightPerKernel
 
 # layer of 3 input and 5 output channels, axis of the output channels
 LAYERS = {
@@ -195,3 +195,13 @@ def test_per_channel_with_a_stock_per_tensor_input_quantizer(symmetric):
 def test_a_layer_without_weights_says_what_it_takes(quant):
     with pytest.raises(TypeError, match="QuantReLU takes an activation quantizer, such as GranQActPerChannel; got one of weights"):
         qnn.QuantReLU(act_quant=quant, bit_width=4)
+
+
+@pytest.mark.parametrize("quant, layer, kwargs, message", [
+    (GranQWeightPerChannel, qnn.QuantLinear, dict(weight_narrow_range=True), "narrow_range=True needs signed=True"),
+    (GranQWeightPerKernel, qnn.QuantLinear, dict(weight_signed=True), "PerKernelGranQ has asymmetric ranges"),
+    (GranQActPerChannel, qnn.QuantIdentity, dict(signed=True), "DynamicGranQ has asymmetric ranges"),
+    (GranQActPerChannel, qnn.QuantIdentity, dict(narrow_range=True), "narrow_range=True needs signed=True")])
+def test_what_asymmetric_quantizers_do_not_know(quant, layer, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        layer(quant, **kwargs) if layer is qnn.QuantIdentity else layer(4, 3, bias=False, weight_quant=quant, **kwargs)

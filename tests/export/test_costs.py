@@ -9,6 +9,7 @@ from granq_plugin import quantize, to_static
 from granq_plugin.export import export_qcdq, export_qonnx, plot_ranges, report
 from granq_plugin.export.ranges_plot import activation_scales
 from networks import images32, quantized_as
+from zoo.costs import costs
 
 
 def small(static=True):
@@ -122,3 +123,13 @@ class TestPicture:
         with pytest.raises(FileNotFoundError, match="its folder does not exist"):
             plot_ranges(static, static, tmp_path / "none" / "r.png")
         assert not list(tmp_path.iterdir())
+
+
+def test_transposed_convolutions(tmp_path):
+    """Each value that is read meets every weight of its input channel."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 3, stride=2, groups=2)).eval()
+    x = images32(0, 1)[:, :, :8, :8]
+    layer = report(export_qonnx(quantize(net, 4, 4), x, tmp_path / "m.onnx")).layers[1]
+    assert (layer.op, layer.macs, layer.weights, layer.activations) == ("ConvTranspose", 288 * 27, 8 * 27, 288)
+    assert costs(net, x).macs == 8 * 36 * 27 + layer.macs

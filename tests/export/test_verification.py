@@ -10,12 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from onnx import numpy_helper
+from torch import nn
 
 import oracles
 from granq_plugin import quantize
 from granq_plugin.export import export_qcdq, export_qonnx, verify
 from granq_plugin.export.executors import lower_quant, open_executor
 from granq_plugin.export.files import read_onnx, set_metadata
+from granq_plugin.export.integers import distances
 from networks import images32, quantized_as
 
 
@@ -264,3 +266,30 @@ def test_lowered_quant_nodes_are_those_of_qonnx(exported):
     inputs = {proto.graph.input[0].name: x.numpy() * 3}
     first, second = (open_executor(name, proto)(inputs)[quantized] for name in ("onnxruntime", "qonnx"))
     np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("bias", ["first", "last"])
+def test_nan_is_something_else(tmp_path, bias):
+    torch.manual_seed(0)
+    net = quantize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)).eval(), 4, 4)
+    x = torch.rand(4, 3, 6, 6)
+    path = export_qcdq(net, x[:1], tmp_path / "m.onnx")
+    assert verify(path, net, x).agrees
+
+    def poison(proto):
+        tensor = next(i for i in proto.graph.initializer if list(i.dims) == ([4] if bias == "first" else [5]))
+        array = numpy_helper.to_array(tensor).copy()
+        array[0] = np.nan
+        tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    changed(path, poison)
+    result = verify(path, net, x)
+    assert not result.agrees and all(a.exact == a.close == 0 and a.max_abs == np.inf for a in result.agreements)
+    with torch.no_grad():
+        net[0 if bias == "first" else 3].bias[0] = np.nan
+    assert verify(path, net, x).agrees  # torch computes the same NaN
+
+
+def test_distances():
+    inf, nan = np.inf, np.nan
+    found = distances(np.float32([1, inf, nan, 1, nan, inf, -inf]), np.float32([3, inf, nan, nan, 1, 1, inf]))
+    assert found.tolist() == [2, 0, 0, inf, inf, inf, inf]
