@@ -19,6 +19,7 @@ from benchmarks.rows import read, write
 
 RESULTS = Path(__file__).parent / "results"
 MARKER = "ablation: written by python -m benchmarks.ablation"
+FIELDS = ("switch", "agreement", "top1", "seconds")
 _CHANGED = dict(image_shift=4, image_flip=True, image_gain=2.0)
 SWITCHES = {
     "as published: SGD, here 5e-4": {},
@@ -98,9 +99,9 @@ def main(run_dir, weights, judge, judge_images, data, iterations, only, threads)
     if only:
         new = {r["switch"]: r for r in rows}
         rows = [new.pop(r["switch"], r) for r in read(file)] + list(new.values())
-    write(file, list(rows[0]), rows)
+    write(file, FIELDS, rows)
     how = described.quantization
-    replace_table(MARKER, table(rows, f"{described.network}, {how.bits}, "
+    replace_table(MARKER, table(read(file), f"{described.network}, {how.bits}, "
                                 f"{how.weight_regime} weights, {how.activations} activations; {iterations} iterations "
                                 f"of 32 images; agreement on {len(expected)} images of {judge.parent.name}/{judge.name}."))
 
@@ -109,7 +110,7 @@ def table(rows: list[dict], caption: str) -> str:
     """Markdown, in the order of the switches."""
     heads = dict(
         switch="switch", agreement="agreement with the teacher, %", top1="test top-1, % (decides nothing)", seconds="seconds")
-    names = [n for n in heads if n in rows[0]]
+    names = [n for n in FIELDS if any(r[n] for r in rows)]
     lines = [[heads[n] for n in names], ["---"] * len(names), *([r[n] for n in names] for r in rows)]
     return "\n".join([caption, "", *(f"| {' | '.join(line)} |" for line in lines)])
 

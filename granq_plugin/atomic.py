@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise IsADirectoryError(f"output path {str(path)!r} is a folder")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"output path {str(path)!r}: its folder does not exist")
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    # no two writers share it, be they threads or processes of containers, whose numbers may be equal
+    part = path.with_name(f"{path.name}.part{os.getpid()}{secrets.randbelow(10**9):09}")
     try:
         part.touch()
         yield part
@@ -31,6 +33,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.fsync(f.fileno())  # a crash of the machine must not leave an empty file under the final name
         part.replace(path)
     except OSError as e:
+        if e.filename is not None and Path(os.fsdecode(e.filename)) != part:  # of another file
+            raise
         raise type(e)(f"cannot write {str(path)!r}: {e.strerror or e}") from e
     finally:
         with contextlib.suppress(OSError):

@@ -8,9 +8,9 @@ import torch
 from brevitas.graph.calibrate import calibration_mode
 from torch import Tensor, nn
 
-from granq_plugin.convert import copy_model
 from granq_plugin.core.proxy import GranQDynamicActProxy, GranQStaticActProxy
 from granq_plugin.core.ranges import CollectedRange
+from granq_plugin.modules import check_module, copy_model
 from granq_plugin.quantizers import GranQActPerChannelStatic, check_quantizer
 
 __all__ = ["to_static"]
@@ -56,6 +56,7 @@ def to_static(
         raise TypeError(f"calibration_batches must be an iterable of batches, got a {type(calibration_batches).__name__}; "
                         "give a single batch as [batch]")
     check_quantizer("act_quant", act_quant, GranQStaticActProxy)
+    check_module(model)
     model = model if inplace else copy_model(model)
     dynamic: list[tuple[nn.Module, str, nn.Module]] = []
     modes: dict[nn.Module, bool] = {}
@@ -96,8 +97,9 @@ def to_static(
 
 def _input_of(batch) -> Tensor:
     x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if not isinstance(x, Tensor):
-        raise TypeError(f"a calibration batch must be a tensor or a tuple that starts with one, got {type(x).__name__}; "
+    if not isinstance(x, Tensor) or not x.dim():
+        kind = "a tensor without axes" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"a calibration batch must be a tensor [B, ...] or a tuple that starts with one, got {kind}; "
                         "for other inputs give forward=")
     return x
 

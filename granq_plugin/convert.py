@@ -15,10 +15,11 @@ from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
 from torch import fx, nn
 
 from granq_plugin.functional import check_bit_width
+from granq_plugin.modules import check_module, copy_model
 from granq_plugin.quantizers import GranQActPerChannel, GranQWeightPerChannel, check_quantizer
 from granq_plugin.relus import RELUS, separate_relus, trace
 
-__all__ = ["copy_model", "quantize"]
+__all__ = ["quantize"]
 
 WEIGHT_LAYERS = {
     nn.Linear: qnn.QuantLinear,
@@ -85,8 +86,7 @@ def quantize(
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
         >>> low_bit = quantize(net, weight_bit_width=3, act_bit_width=3, overrides={"3": {"weight_bit_width": 8}})
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if type(model) in WEIGHT_LAYERS or isinstance(model, RELUS):
         raise ValueError(f"model is a single {type(model).__name__}, which cannot be replaced in itself: wrap it in nn.Sequential")
     for bit_width in (weight_bit_width, act_bit_width, input_bit_width, first_layer_bit_width, last_layer_bit_width):
@@ -130,14 +130,6 @@ def quantize(
     for name, new in replaced.items():  # everything is built: from here on nothing can fail half-way
         _replace(model, model.get_submodule(name), new.to(device))
     return model
-
-
-def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy. Raises a ValueError for a model that cannot be copied."""
-    try:
-        return copy.deepcopy(model)
-    except RuntimeError as e:  # e.g. weights computed by torch.nn.utils.weight_norm
-        raise ValueError(f"model cannot be copied ({e}); convert it with inplace=True") from e
 
 
 def _check_optional_bit_width(bit_width) -> None:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from granq_plugin import functional as GF
-from granq_plugin.convert import copy_model
 from granq_plugin.core.frozen import FrozenMinMaxWeightQuant, FrozenPerKernelGranQ, FrozenWeightQuant
 from granq_plugin.core.proxy import GranQPerKernelWeightProxy, GranQWeightProxy, has_hooks
+from granq_plugin.modules import check_module, copy_model
 
 __all__ = ["freeze_weights", "frozen_layers", "use_frozen_quantizers", "weights_quantized_once"]
 
@@ -43,6 +43,7 @@ def freeze_weights(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         >>> frozen[0].weight.unique().numel()  # 2 bits
         4
     """
+    check_module(model)
     model = model if inplace else copy_model(model)
     layers = _quantized_layers(model)
     if not layers:
@@ -93,6 +94,7 @@ def weights_quantized_once(model: nn.Module) -> Iterator[None]:
         ...     quantized(torch.ones(1, 4)).shape, quantized(torch.zeros(1, 4)).shape
         (torch.Size([1, 2]), torch.Size([1, 2]))
     """
+    check_module(model)
     held = []
     try:
         for layer in model.modules():

@@ -259,9 +259,9 @@ def affine_params(lo: Tensor, hi: Tensor, bit_width: int, signed: bool = False) 
         so a dead channel divides by no zero.
 
     Raises:
-        ValueError: see :func:`check_symmetric`.
+        ValueError, TypeError: see :func:`check_bit_width` and :func:`check_symmetric`.
     """
-    check_symmetric(signed, bit_width)
+    check_symmetric(signed, check_bit_width(bit_width))
     lo, hi = lo.clamp_max(0.0), hi.clamp_min(0.0)
     # a GPU multiplies by the reciprocal of a plain number, which is not what the CPU computes
     if signed:

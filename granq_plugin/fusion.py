@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from granq_plugin.core.proxy import FusedActivation, GranQActProxy, has_hooks
 from granq_plugin.kernels import Ahead, is_observed
+from granq_plugin.modules import check_module
 from granq_plugin.relus import flattened, trace
 from granq_plugin.snapshot import Snapshot
 
@@ -134,6 +135,7 @@ def fuse_batch_norm(model: nn.Module) -> nn.Module:
         >>> torch.equal(fuse_batch_norm(net)(x), net(x))
         True
     """
+    check_module(model)
     if not any(map(_is_act, model.modules())) or _is_watched(*flattened(model, _LEAVES)):  # hooks would run as it is traced
         return model
     graph = _traced(model)

@@ -39,13 +39,13 @@ def reason_of(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def read_text(path: str | Path, most: int = MOST_TEXT) -> str:
-    """A text file in UTF-8, of at most ``most`` bytes."""
+def read_text(path: str | Path) -> str:
+    """A text file in UTF-8, of at most ``MOST_TEXT`` bytes."""
     path = existing_file(path, "file")
     with open(path, "rb") as f:
-        data = f.read(most + 1)
-    if len(data) > most:
-        raise ValueError(f"{str(path)!r} has more than {most} bytes, too many for a file of this kind")
+        data = f.read(MOST_TEXT + 1)
+    if len(data) > MOST_TEXT:
+        raise ValueError(f"{str(path)!r} has more than {MOST_TEXT} bytes, too many for a file of this kind")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as e:

@@ -31,3 +31,17 @@ def test_paths_that_cannot_be_written(tmp_path):
         pytest.fail("work has begun")
     with pytest.raises(IsADirectoryError, match="is a folder"), atomic_path(tmp_path):
         pytest.fail("work has begun")
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path):
+    target = tmp_path / "a.txt"
+    with atomic_path(target) as one, atomic_path(target) as other:
+        assert one != other
+        one.write_text("one"), other.write_text("other")
+    assert target.read_text() == "one" and list(tmp_path.iterdir()) == [target]
+
+
+def test_an_error_of_another_file_is_not_the_target_s(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere") as caught, atomic_path(tmp_path / "a.txt"):
+        (tmp_path / "nowhere").read_text()
+    assert "cannot write" not in str(caught.value) and not list(tmp_path.iterdir())

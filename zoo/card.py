@@ -56,9 +56,12 @@ class Preprocessing:
         """Float32 inputs ``[B, C, S, S]`` of uint8 images of the same shape.
 
         Raises:
-            ValueError: for images of another size or number of channels than the network's.
+            TypeError: for anything but bytes. ValueError: for images of another size or number of channels than the network's.
         """
         import torch
+        if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
+            raise TypeError(f"images must be a uint8 tensor, got {getattr(images, 'dtype', '')} {type(images).__name__}; "
+                            "what is normalized already goes into the network as it is")
         c, size = self.channels, self.image_size
         if images.dim() != 4 or images.shape[2:] != (size, size):
             found = "x".join(map(str, images.shape[2:]))

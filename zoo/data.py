@@ -23,6 +23,7 @@ BUNDLED = ("digits", )
 _TORCHVISION = {"cifar10": ("CIFAR10", "cifar-10-batches-py"), "cifar100": ("CIFAR100", "cifar-100-python")}
 
 
+SPLITS = ("test", "train")
 _SMALL = 2**28
 _MOST_COMPRESSED = 20
 """An archive of more than _SMALL bytes is not compressed better than this: images are not, a bomb is."""
@@ -36,11 +37,23 @@ class ImageSet:
         images: uint8 ``[N, 3, H, W]``, RGB, or grey ``[N, 1, H, W]``.
         labels: int64 ``[N]``. source: the file or folder they were read from.
         description: what they are, in words without a path.
+
+    Raises:
+        TypeError: for tensors of other types or shapes.
     """
     images: Tensor
     labels: Tensor
     source: str
     description: str = ""
+
+    def __post_init__(self) -> None:
+        x, y = self.images, self.labels
+        if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.dim() != 4:
+            got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"images must be a uint8 tensor [N, C, H, W], got {got}")
+        if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != x.shape[:1]:
+            got = f"{y.dtype} {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+            raise TypeError(f"labels of {len(x)} images must be an int64 tensor [{len(x)}], got {got}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -141,6 +154,8 @@ def load_images(
         FileNotFoundError: listing what was looked for. ValueError: for an unknown data set, no folder where one is needed, or
             labels out of range.
     """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if dataset == "digits":
         return load_digits(split)
     if card is None and dataset not in _TORCHVISION:

@@ -28,7 +28,7 @@ def fixed_order(count: int, seed: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class FolderImages:
-    """Image files and labels; the same methods as :class:`zoo.data.ImageSet`.
+    """Image files and labels, with ``subset`` and ``batches`` as :class:`zoo.data.ImageSet` has them.
 
     Attributes:
         files: in the order of their classes, then names. labels: int64 ``[N]``. preprocessing: its resize and crop are applied.

@@ -4,8 +4,8 @@ import csv
 import datetime
 import hashlib
 import re
-import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from zoo.costs import costs
 from zoo.data import ImageSet
 from zoo.evaluate import Accuracy, default_batch_size, evaluate
 from zoo.packing import pack_network, pack_tensors
-from zoo.registry import from_bytes, get_card, list_models
+from zoo.registry import from_bytes, get_card, list_models, zoo_folder
 from zoo.students import load_run
 from zoo.train import TrainConfig
 from zoo.weights import load_weights, read_state_dict, sha256
@@ -51,13 +51,15 @@ def entry_of_run(
         run_dir: of ``granq qat`` or ``granq train-teacher``.
         load_images: gives the test set of a card.
         name: of the entry; default: the network's, for a quantized one with :attr:`zoo.quantization.Quantization.suffix`.
-        license: of the weights; default: the teacher's.
+        license: of the weights; default: the teacher's, and BSD-3-Clause for a float network.
         progress: see :func:`zoo.evaluate.evaluate`.
 
     Raises:
-        FileNotFoundError: if the folder holds no finished run. ValueError: if its files are damaged, or the packed network does not
-            return exactly the run's logits.
+        FileNotFoundError: if the folder holds no finished run. ValueError: for a name that no file can have, if the run's files are
+            damaged, or the packed network does not return exactly the run's logits.
     """
+    if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"name of an entry must be letters, digits, '_', '.' and '-', got {name!r}")
     folder = Path(run_dir)
     make = _teacher_entry if (folder / "teacher.safetensors").is_file() else _student_entry
     entry, network, float_top1 = make(folder, name, license)
@@ -101,44 +103,35 @@ def comparison(
 
 def write_card(card: Card, reference: str, zoo_dir: str | Path | None = None) -> Path:
     """Write the card of an entry, or of a card file, back; returns the path."""
-    path = Path(reference) if reference.endswith(".toml") else _root(zoo_dir) / "cards" / f"{card.name}.toml"
+    path = Path(reference) if reference.endswith(".toml") else _folder(zoo_dir) / "cards" / f"{card.name}.toml"
     write_text(path, card.to_toml())
     return path
 
 
-def _root(zoo_dir: str | Path | None) -> Path:
-    return Path(__file__).parent if zoo_dir is None else Path(zoo_dir)
+def _folder(zoo_dir: str | Path | None) -> Path:
+    return Path(str(zoo_folder(zoo_dir)))
 
 
 def write_entry(entry: Entry, zoo_dir: str | Path | None = None, *, overwrite: bool = False) -> list[Path]:
-    """Write an entry's files, the card last; returns them. Each is whole or not there, and where one cannot be
-    written, no new one stays.
+    """Write an entry's files, the card last; returns them. Where one cannot be written, all are left as they were.
 
     Raises:
         ValueError: if the zoo has an entry of that name with weights, unless ``overwrite``. OSError: if a file cannot be written.
     """
-    root, name = _root(zoo_dir), entry.card.name
+    root, name = _folder(zoo_dir), entry.card.name
     if not overwrite and name in list_models("*", root) and get_card(name, root).weights is not None:
         raise ValueError(f"the zoo in {str(root)!r} has an entry {name!r} with weights already; --overwrite replaces it")
-    files = [root / "pretrained" / f"{name}.safetensors", root / entry.card.training.log]
-    sources = [None, entry.run_dir / "metrics.csv"]
+    contents = {  # the card first, so that it is renamed last
+        root / "cards" / f"{name}.toml": entry.card.to_toml().encode(),
+        root / "pretrained" / f"{name}.safetensors": entry.data,
+        root / entry.card.training.log: (entry.run_dir / "metrics.csv").read_bytes()}
     if entry.card.training.config:
-        files.append(root / entry.card.training.config)
-        sources.append(entry.run_dir / "config.toml")
-    card_file = root / "cards" / f"{name}.toml"
-    new = [f for f in [*files, card_file] if not f.exists()]
-    try:
-        for file, source in zip(files, sources):
+        contents[root / entry.card.training.config] = (entry.run_dir / "config.toml").read_bytes()
+    with ExitStack() as stack:
+        for file, data in contents.items():
             file.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(file) as part:
-                shutil.copyfile(source, part) if source else part.write_bytes(entry.data)
-        card_file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(card_file, entry.card.to_toml())
-    except BaseException:
-        for file in new:
-            file.unlink(missing_ok=True)
-        raise
-    return [*files, card_file]
+            stack.enter_context(atomic_path(file)).write_bytes(data)
+    return [*reversed(contents)]
 
 
 def _student_entry(folder: Path, name: str | None, license: str | None):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import hashlib
+import os
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -18,9 +19,10 @@ if TYPE_CHECKING:  # the command line reads this file without torch
 
     from zoo.packing import Packed
 
-__all__ = ["Card", "card_of", "get_card", "get_model", "list_models", "read_weights", "teacher_of"]
+__all__ = ["Card", "card_of", "get_card", "get_model", "list_models", "read_weights", "teacher_of", "zoo_folder"]
 
-def _root(zoo_dir: str | Path | None):
+def zoo_folder(zoo_dir: str | Path | None):
+    """Where the cards, weights, logs and settings of a zoo are; None: the package's own."""
     return resources.files("zoo") if zoo_dir is None else Path(zoo_dir)
 
 
@@ -34,12 +36,12 @@ def list_models(pattern: str = "*", zoo_dir: str | Path | None = None) -> list[s
         >>> list_models("resnet8_digits*static")
         ['resnet8_digits.granq_w3a3_static']
     """
-    cards = _root(zoo_dir).joinpath("cards")
+    cards = zoo_folder(zoo_dir).joinpath("cards")
     names = [f.name.removesuffix(".toml") for f in cards.iterdir() if f.name.endswith(".toml")] if cards.is_dir() else []
     return sorted(fnmatch.filter(names, pattern))
 
 
-def get_card(name: str, zoo_dir: str | Path | None = None) -> Card:
+def get_card(name: str | Path, zoo_dir: str | Path | None = None) -> Card:
     """The card of an entry, or of a file ``PATH.toml`` of the user's own.
 
     Raises:
@@ -50,6 +52,7 @@ def get_card(name: str, zoo_dir: str | Path | None = None) -> Card:
         >>> card.quantization.bits, card.results.images
         ('W3A3', 359)
     """
+    name = os.fspath(name)
     if name.endswith(".toml"):
         path = existing_file(name, "card file")
         return Card.from_toml(path.stem, read_text(path))
@@ -58,7 +61,7 @@ def get_card(name: str, zoo_dir: str | Path | None = None) -> Card:
         near = difflib.get_close_matches(name, names, cutoff=0.3)
         words = f"did you mean: {', '.join(near)}" if near else f"granq zoo list (zoo.list_models()) shows all {len(names)}"
         raise ValueError(f"no zoo entry {name!r}; {words}; a network of your own is module:function or a card file PATH.toml")
-    return Card.from_toml(name, _root(zoo_dir).joinpath("cards", f"{name}.toml").read_text(encoding="utf-8"))
+    return Card.from_toml(name, zoo_folder(zoo_dir).joinpath("cards", f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def card_of(reference: str, dataset: str | None = None) -> Card:
@@ -110,7 +113,7 @@ def read_weights(card: Card, zoo_dir: str | Path | None = None) -> bytes:
     if card.weights is None:
         source = f"; they come from {card.teacher.source} ({card.teacher.license})" if card.teacher else ""
         raise FileNotFoundError(f"card {card.name!r} ships no weights{source}: give a file of float weights (--weights FILE)")
-    file = _root(zoo_dir).joinpath("pretrained", f"{card.name}.safetensors")
+    file = zoo_folder(zoo_dir).joinpath("pretrained", f"{card.name}.safetensors")
     if not file.is_file():
         raise FileNotFoundError(f"weights of zoo entry {card.name!r} are absent: there is no {str(file)!r}")
     data = file.read_bytes()
@@ -122,7 +125,8 @@ def read_weights(card: Card, zoo_dir: str | Path | None = None) -> bytes:
 
 
 def get_model(
-        name: str, pretrained: bool = False, *, weights: str | Path | None = None, zoo_dir: str | Path | None = None) -> nn.Module:
+        name: str | Path, pretrained: bool = False, *, weights: str | Path | None = None,
+        zoo_dir: str | Path | None = None) -> nn.Module:
     """A zoo network in evaluation mode; a Brevitas one for quantized entries. Its card is ``model.card``.
 
     Inputs are normalized images: ``model.card.preprocessing(uint8 images [B, C, S, S])``.

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from granq_plugin.reading import read_json
 from zoo.card import Card
-from zoo.quantization import ACTIVATIONS, WEIGHT_REGIMES, Quantization
+from zoo.quantization import Quantization
 from zoo.registry import calibrated_from_bytes, from_bytes, get_card, read_weights
 
 if TYPE_CHECKING:  # the command line reads this file without torch
     from torch import Tensor, nn
 
-__all__ = ["ACTIVATIONS", "WEIGHT_REGIMES", "Student", "calibrated_network", "calibrator", "load_run", "static_and_folded"]
+__all__ = ["Student", "calibrated_network", "calibrator", "load_run", "static_and_folded"]
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,6 @@ class Student:
     def card(self) -> Card:
         return get_card(self.network)
 
-    def build(self, teacher: nn.Module, calibrate: Callable[[nn.Module], nn.Module] | None = None) -> nn.Module:
-        """The student of a float network with the teacher's weights, before training.
-
-        Args:
-            calibrate: for folded activations: gives the prepared network its ranges, and returns it.
-
-        Raises:
-            ValueError: for folded activations without ``calibrate``; and see :func:`granq_plugin.quantize`.
-        """
-        return self.quantization.build(teacher, self.example_input(), calibrate)
-
     def prepared(self, teacher: nn.Module) -> nn.Module:
         """With folded activations: the static network that is calibrated, then folded."""
         return self.quantization.prepared(teacher, self.example_input())
@@ -52,7 +41,7 @@ class Student:
 
 
 def calibrator(batches: Iterable[Tensor]) -> Callable[[nn.Module], nn.Module]:
-    """For :meth:`Student.build`: collects ranges over normalized batches ``[B, 3, S, S]``."""
+    """For :meth:`zoo.quantization.Quantization.build`: collects ranges over normalized batches ``[B, 3, S, S]``."""
     def calibrate(model: nn.Module) -> nn.Module:
         import torch
         from brevitas.graph.calibrate import calibration_mode

@@ -59,7 +59,7 @@ class TrainConfig(Settings):
         growing = self.grow_until * self.epochs
         if not self.start_size or epoch >= growing:
             return full
-        return min(full, 4 * round((self.start_size + (full - self.start_size) * epoch / growing) / 4))
+        return min(full, max(4, 4 * round((self.start_size + (full - self.start_size) * epoch / growing) / 4)))
 
 
 TRAIN_PRESETS: dict[str, TrainConfig] = {

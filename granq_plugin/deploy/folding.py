@@ -14,11 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from granq_plugin import functional as GF
-from granq_plugin.convert import copy_model
 from granq_plugin.core.int_quant import FusedIntQuant
 from granq_plugin.core.proxy import GranQDynamicActProxy, GranQStaticActProxy
 from granq_plugin.deploy.graph import ChannelRescale, Role, TracedModel, trace_quantized
 from granq_plugin.deploy.units import Units, along, assign_units
+from granq_plugin.modules import check_module, copy_model
 
 __all__ = ["bake", "fold"]
 
@@ -65,8 +65,7 @@ def fold(model: nn.Module, example_input, *, trainable: bool = False, inplace: b
         >>> student = fold(static, images[:1], trainable=True)  # train it, then:
         >>> deployed = bake(student)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if any(isinstance(m, _Scaled) for m in model.modules()):
         raise ValueError("model is already folded (trainable=True); bake() makes that permanent")
     model = model if inplace else copy_model(model)
@@ -101,6 +100,7 @@ def bake(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Example: see :func:`fold`.
     """
+    check_module(model)
     model = model if inplace else copy_model(model)
     scaled = [(m, name) for m in model.modules() if parametrize.is_parametrized(m) for name in list(m.parametrizations)
               if any(isinstance(p, _Scaled) for p in m.parametrizations[name])]

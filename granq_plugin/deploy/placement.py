@@ -10,9 +10,10 @@ from brevitas.quant import Int8ActPerTensorFixedPoint
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from granq_plugin.convert import copy_model, quantize
+from granq_plugin.convert import quantize
 from granq_plugin.deploy.graph import BY_A_NUMBER, Role, TracedModel, trace_quantized
 from granq_plugin.functional import check_bit_width
+from granq_plugin.modules import check_module, copy_model
 from granq_plugin.quantizers import GranQActPerChannelStatic, GranQWeightPerChannelSymmetric
 from granq_plugin.relus import relu_class
 
@@ -69,8 +70,7 @@ def prepare(
         >>> [name for name, _ in prepared.named_children()]
         ['0', '1', '2', '3', '4', 'input_quant_0']
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if any(isinstance(m, QuantProxyFromInjector) for m in model.modules()):
         raise ValueError("model is already quantized: it contains Brevitas quantizers; prepare() starts from the float model")
     bits = dict(residual_bit_width=residual_bit_width, pool_bit_width=pool_bit_width, input_bit_width=input_bit_width)

@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from granq_plugin import functional as GF
-from granq_plugin.convert import copy_model
 from granq_plugin.deploy.graph import Role, TracedModel, trace_quantized
+from granq_plugin.modules import check_module, copy_model
 
 __all__ = ["ClearedLayer", "clear_ties"]
 
@@ -72,8 +72,7 @@ def clear_ties(
         >>> all(layer.margin >= layer.margin_before for layer in cleared)
         True
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if not 0 < max_shift < 0.5:
         raise ValueError(f"max_shift must be in (0, 0.5), got {max_shift!r}")
     model = model if inplace else copy_model(model)

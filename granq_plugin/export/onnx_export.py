@@ -1,6 +1,5 @@
 """From a quantized torch model to an ONNX file: :func:`export_qonnx` and :func:`export_qcdq`."""
 
-import copy
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from granq_plugin.atomic import atomic_path
 from granq_plugin.export.describe import describe
 from granq_plugin.export.files import set_metadata
+from granq_plugin.modules import check_module, copy_model
 
 __all__ = ["export_qcdq", "export_qonnx", "to_onnx"]
 
@@ -106,7 +106,7 @@ def to_onnx(model: nn.Module, example_input, file_format: str, dynamo: bool = Fa
     inputs = _checked_inputs(example_input)
     _check_model(model)
     # A copy: where an export fails, Brevitas leaves the model in export mode, and where it does not, in one mode throughout.
-    model = copy.deepcopy(model).cpu().eval()
+    model = copy_model(model).cpu().eval()
     if dynamic_batch and dynamo:  # which takes a size of 1 for a constant
         inputs = tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs)
     with torch.no_grad():
@@ -158,8 +158,7 @@ def _checked_inputs(example_input) -> tuple[Tensor, ...]:
 
 
 def _check_model(model) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if not any(isinstance(m, QuantProxyFromInjector) and m.is_quant_enabled for m in model.modules()):
         raise ValueError("model has no Brevitas quantizer: quantize it first (granq_plugin.quantize)")
     dtype = next((t.dtype for t in model.parameters() if t.is_floating_point() and t.dtype != torch.float32), None)

@@ -22,6 +22,7 @@ from granq_plugin.export.integers import (
     record_quantizers,
     show_integers,
 )
+from granq_plugin.modules import check_module
 
 __all__ = ["Agreement", "Verification", "verify"]
 
@@ -110,7 +111,7 @@ def verify(
         images: Tensor,
         *,
         labels: Tensor | None = None,
-        executors: tuple[str, ...] = ("onnxruntime", "qonnx"),
+        executors: str | tuple[str, ...] = ("onnxruntime", "qonnx"),
         batch_size: int = 50,
         rtol: float = 1e-5,
         integers: bool = True,
@@ -125,7 +126,7 @@ def verify(
     Args:
         path: an ONNX file. model: the torch model, compared in evaluation mode, on the CPU.
         images: preprocessed float32 inputs ``[N, ...]``. labels: integers ``[N]``, to count correct answers.
-        executors: of "onnxruntime", "qonnx" and "hls4ml" (extra ``hls``; folded networks only).
+        executors: one or several of "onnxruntime", "qonnx" and "hls4ml" (extra ``hls``; folded networks only).
         batch_size: images at a time; a file that is fixed to another batch size is run with its own.
         rtol: what counts as close, relative to the largest output of an image.
         integers: also compare the activations' integers.
@@ -137,7 +138,8 @@ def verify(
 
     Raises:
         FileNotFoundError: if there is no such file. ValueError: if it is damaged or was changed, if an executor does not take it,
-            if the images do not fit it, or the model's outputs are of another shape. TypeError: if images are no float32 tensor.
+            if the images do not fit it, or the model's outputs are of another shape. TypeError: if images are no float32
+            tensor, labels no tensor of integers, or model no module.
 
     Example:
         >>> import tempfile
@@ -151,8 +153,9 @@ def verify(
         >>> result.agrees, result.agreements[0].images
         (True, 16)
     """
+    check_module(model)
     proto = read_onnx(path, allow_changed)
-    names = list(dict.fromkeys(executors))
+    names = list(dict.fromkeys([executors] if isinstance(executors, str) else executors))
     unknown = [name for name in names if name not in EXECUTORS]
     if unknown or not names:
         raise ValueError(f"executors must be of {', '.join(EXECUTORS)}, got {tuple(executors)!r}")
@@ -176,8 +179,10 @@ def verify(
 
 
 def _check_images(images, labels, proto) -> None:
-    if not isinstance(images, Tensor) or images.dtype != torch.float32:
-        raise TypeError(f"images must be a float32 tensor, got {getattr(images, 'dtype', type(images).__name__)}")
+    for name, value, dtypes in (("images", images, (torch.float32, )), ("labels", labels, (torch.int64, torch.int32, torch.uint8))):
+        if not ((isinstance(value, Tensor) and value.dtype in dtypes) or (value is None and name == "labels")):
+            got = f"{value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name} must be a tensor of {' or '.join(map(str, dtypes))}, got {got}")
     if not len(images):
         raise ValueError("images are empty")
     if len(proto.graph.input) != 1:
@@ -185,8 +190,8 @@ def _check_images(images, labels, proto) -> None:
     shape = [d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim]
     if len(shape) != images.dim() or any(n and n != m for n, m in zip(shape[1:], images.shape[1:])):
         raise ValueError(f"the file takes inputs of shape {['N', *shape[1:]]}, got images of shape {list(images.shape)}")
-    if labels is not None and len(labels) != len(images):
-        raise ValueError(f"{len(labels)} labels for {len(images)} images")
+    if labels is not None and labels.shape != images.shape[:1]:
+        raise ValueError(f"labels must be [{len(images)}], one for each image, got {list(labels.shape)}")
 
 
 def _compare(name, proto, model, images, labels, batch_size, rtol, integers, progress) -> Agreement:

@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import stat
 import subprocess
@@ -81,16 +82,17 @@ def _built(dtype: torch.dtype) -> ctypes.CDLL | str:
     if not compiler:
         return "no C++ compiler was found (c++, g++ and clang++ are looked for; CXX names another)"
     try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+        words = shlex.split(compiler)  # CXX may bring flags
+        version = subprocess.run([*words, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
         folder = _cache_folder()
         for extra in EXTRA_FLAGS:
-            command = [compiler, *FLAGS, *extra, f"-DGRANQ_TYPE={TYPES[dtype]}"]
+            command = [*words, *FLAGS, *extra, f"-DGRANQ_TYPE={TYPES[dtype]}"]
             try:
                 return _load(_compiled(command, version, folder))
             except _BuildError as e:
                 problem = f"{' '.join(command)} failed: {e}"
         return problem
-    except (OSError, RuntimeError, subprocess.SubprocessError) as e:  # RuntimeError: there is no home directory
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as e:  # no home directory; CXX with an open quote
         return f"{type(e).__name__}: {e}"
 
 

@@ -13,6 +13,8 @@ from granq_plugin.zero_shot.run_directory import add_to_run
 
 __all__ = ["save_outcome", "save_tensors"]
 
+MOST_COLUMNS = 16  # of a picture, a class each
+
 
 def save_outcome(
         run_dir: str | Path, result: ZeroShotResult, summary: dict, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -45,12 +47,12 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _samples(result: ZeroShotResult, count: int = 64, most_columns: int = 16) -> tuple[Tensor, int]:
+def _samples(result: ZeroShotResult, count: int = 64) -> tuple[Tensor, int]:
     """Images to look at, and the number of columns that are a class each: the generator's, of all classes in turn, or the first
     of the memory, whose classes are not known."""
     if result.generator is None:
         return result.images[:count], 0
     classes = result.generator.embedding.num_embeddings
-    if classes > most_columns:
+    if classes > MOST_COLUMNS:
         return result.generator.sample(count), 0
     return result.generator.sample(count // classes * classes), classes

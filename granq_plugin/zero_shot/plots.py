@@ -24,7 +24,8 @@ PANELS = (
 def plot_images(
         images: Tensor, path: str | Path, mean: Sequence[float], std: Sequence[float], columns: int | None = None,
         headings: Sequence[str] = ()) -> None:
-    """Write a PNG grid of normalized images ``[N, C, S, S]`` (1 or 3 channels); mean and std undo the normalization.
+    """Write a PNG grid of normalized images ``[N, C, S, S]`` (of 3 channels in colour, of others the first in grey); mean and std
+    undo the normalization.
 
     Pixels are squares of equal size, so many that the picture is about 600 wide.
 
@@ -34,6 +35,8 @@ def plot_images(
     _pyplot()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    if images.shape[1] != 3:
+        images, mean, std = images[:, :1], mean[:1], std[:1]
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     shape = (1, -1, 1, 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from granq_plugin.modules import check_module
 from granq_plugin.zero_shot import parallel
 from granq_plugin.zero_shot.config import ZeroShotConfig
 from granq_plugin.zero_shot.generator import Generator
@@ -101,19 +102,25 @@ def zero_shot_qat(
         >>> sorted(result.metrics[-1])
         ['agreement', 'epoch', 'images_per_second', 'iterations', 'loss_bn', 'loss_generator', 'loss_student', 'lr']
     """
+    for network in (student, teacher):
+        check_module(network)
     modes = {m: m.training for m in teacher.modules()}
     trainable = {p: p.requires_grad for p in teacher.parameters()}
     training, stack = None, ExitStack()
     try:
         teacher.eval().requires_grad_(False)
-        _check(student, teacher, config, images)
+        _check(student, teacher, config, images, evaluate_every)
         directory = None
         if run_dir is not None:
             directory = stack.enter_context(RunDirectory(run_dir, config, dict(teacher=teacher, student=student), resume))
         if on_start:
             on_start()
         with directory.checkpoint() if directory else nullcontext() as state:
-            training = Training(student, teacher, config, images, state)
+            if state is not None:
+                student.load_state_dict(state["student"])
+            training = Training(student, teacher, config, images)
+            if state is not None:
+                training.load_state(state)
         saved = time.monotonic()
         while training.iteration < config.total_iterations:
             log = training.step()
@@ -143,10 +150,12 @@ def zero_shot_qat(
     return ZeroShotResult(student, training.generator, training.metrics, training.memory.images())
 
 
-def _check(student: nn.Module, teacher: nn.Module, config: ZeroShotConfig, images: Tensor | None) -> None:
+def _check(student: nn.Module, teacher: nn.Module, config: ZeroShotConfig, images: Tensor | None, evaluate_every: int) -> None:
     """Raise for what cannot be trained, before anything is."""
     if not isinstance(config, ZeroShotConfig):
         raise TypeError(f"config must be a ZeroShotConfig, got {type(config).__name__}")
+    if evaluate_every < 1:
+        raise ValueError(f"evaluate_every must be at least 1, got {evaluate_every!r}")
     shared = {p.data_ptr() for p in teacher.parameters()} & {p.data_ptr() for p in student.parameters() if p.numel()}
     if shared:
         raise ValueError("student and teacher share parameters: quantize a copy of the teacher (inplace=False)")
@@ -155,6 +164,8 @@ def _check(student: nn.Module, teacher: nn.Module, config: ZeroShotConfig, image
     if images is None:
         batch_norm_layers(teacher)
     shape = (config.image_channels, config.image_size, config.image_size)
+    if not isinstance(images, Tensor | None):
+        raise TypeError(f"images must be a tensor, got {type(images).__name__}")
     if images is not None and (images.shape[1:] != shape or not images.is_floating_point() or not len(images)):
         raise ValueError(f"images must be float [N, {', '.join(map(str, shape))}], got {images.dtype} {list(images.shape)}")
     if config.batch_size % (config.accumulation_steps * parallel.world_size()):
@@ -162,8 +173,10 @@ def _check(student: nn.Module, teacher: nn.Module, config: ZeroShotConfig, image
                          f"{config.accumulation_steps} x {parallel.world_size()}")
     like = next(teacher.parameters())
     own = next(student.parameters())
-    if own.device != like.device:
-        raise ValueError(f"student and teacher must be on one device; they are on {own.device} and {like.device}")
+    for attribute in ("device", "dtype"):
+        a, b = (getattr(p, attribute) for p in (own, like))
+        if a != b:
+            raise ValueError(f"student and teacher must have one {attribute}; theirs are {a} and {b}")
     if config.augments and images is None and not config.replay_steps:
         raise ValueError("image_gain, image_shift and image_flip change images from the memory: give images, or a memory_size and "
                          "replay_steps")

@@ -32,21 +32,13 @@ class Training:
 
     Args:
         student, teacher, config, images: see :func:`granq_plugin.zero_shot.zero_shot_qat`; the teacher is frozen and in
-            evaluation mode.
-        state: a checkpoint's, to go on from.
+            evaluation mode. To go on from a checkpoint, the student has its state already, for Brevitas's proxies build new
+            quantizers as they load; :meth:`load_state` brings the rest.
     """
 
-    def __init__(
-            self, student: nn.Module, teacher: nn.Module, config: ZeroShotConfig, images: Tensor | None,
-            state: dict | None = None) -> None:
-        if state is not None:  # first: Brevitas's proxies build new quantizers as they load
-            student.load_state_dict(state["student"])
+    def __init__(self, student: nn.Module, teacher: nn.Module, config: ZeroShotConfig, images: Tensor | None) -> None:
         self.config = config
         self.student = student
-        self.features = None if config.feature_loss == "off" else FeaturePairs(teacher, student, config.feature_loss)
-        self.observed = ObservedTeacher(teacher) if images is None else None
-        # an observed teacher takes the statistics of each of its passes: none is left for the next one
-        self.teacher = teacher if self.observed is None else lambda x: self.observed(x)[0]
         self.like = next(student.parameters()).detach()
         self.rng = torch.Generator().manual_seed(config.seed)
         self.generator = _new_generator(config).to(self.like) if images is None else None
@@ -66,6 +58,11 @@ class Training:
             self.generator.parameters(), config.generator_lr, config.betas, fused=_fused(self.generator))
         if images is not None:
             self._fill(images, teacher)
+        # what close() takes back comes last, when nothing can fail any more
+        self.features = None if config.feature_loss == "off" else FeaturePairs(teacher, student, config.feature_loss)
+        self.observed = ObservedTeacher(teacher) if images is None else None
+        # an observed teacher takes the statistics of each of its passes: none is left for the next one
+        self.teacher = teacher if self.observed is None else lambda x: self.observed(x)[0]
         self._recorded: dict[str, RecordedStep] = {}
         self.networks = [self.observed, student, self.generator]
         if config.compile == "default":
@@ -73,8 +70,6 @@ class Training:
             self.networks = [None if m is None else torch.compile(m) for m in self.networks]
         else:
             self.networks[1] = fuse_batch_norm(student.eval())
-        if state is not None:
-            self._load(state)
 
     @property
     def first_student_iteration(self) -> int:
@@ -221,8 +216,8 @@ class Training:
             memory=self.memory.state() if self.generator else None, metrics=self.metrics,
             sums=self._sums)
 
-    def _load(self, state: dict) -> None:
-        """All but the student."""
+    def load_state(self, state: dict) -> None:
+        """What :meth:`state` gave, all but the student. Raises a ValueError, or others, for what is damaged."""
         self.iteration, self.metrics = state["iteration"], state["metrics"]
         if self.iteration not in range(self.config.total_iterations + 1):
             raise ValueError(f"it is of iteration {self.iteration!r} of {self.config.total_iterations}")

@@ -234,14 +234,18 @@ class TestBadInput:
         (dict(images=torch.zeros(2, 3, 9, 9)), ValueError, r"inputs of shape \['N', 3, 8, 8\], got images of shape \[2, 3, 9, 9\]"),
         (dict(images=torch.zeros(2, 192)), ValueError, "got images of shape"),
         (dict(images=torch.zeros(0, 3, 8, 8)), ValueError, "empty"),
-        (dict(images=torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), TypeError, "float32 tensor, got torch.uint8"),
+        (dict(images=torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), TypeError, "be a tensor of torch.float32, got torch.uint8"),
+        (dict(images=np.zeros((2, 3, 8, 8), np.float32)), TypeError, "got ndarray"),
+        (dict(labels=[0] * 6), TypeError, "labels must be a tensor of torch.int64 or .*, got list"),
+        (dict(model="m.pt"), TypeError, "model must be a torch.nn.Module, got str"),
         (dict(executors=("tflite", )), ValueError, "onnxruntime, qonnx, hls4ml, got"),
         (dict(executors=()), ValueError, "executors"),
-        (dict(labels=torch.zeros(2)), ValueError, "2 labels for 6 images"), (dict(batch_size=0), ValueError, "at least 1, got 0")])
+        (dict(labels=torch.zeros(2, dtype=torch.int64)), ValueError, r"labels must be \[6\], one for each image, got \[2\]"),
+        (dict(batch_size=0), ValueError, "at least 1, got 0")])
     def test_arguments(self, exported, arguments, error, message):
         path, model, x = exported
         with pytest.raises(error, match=message):
-            verify(path, model, **dict(images=x) | arguments)
+            verify(path, **dict(model=model, images=x) | arguments)
 
     def test_fixed_batches(self, tmp_path):
         model, x = quantized_as("static", "mlp"), images32(0, 6)

@@ -71,6 +71,8 @@ def test_columns_are_classes_with_their_names_above(tmp_path, monkeypatch, class
     factor = round(600 / 20)
     above = picture[:-20 * factor]
     assert picture.shape == (20 * factor + 22, 20 * factor) and all((half < 0.5).any() for half in above.chunk(2, 1))
+    plot_images(torch.zeros(4, 2, 8, 8), tmp_path / "two.png", (0.5, 0.1), (0.2, 0.3), 2, ["0", "1"])  # the first channel
+    assert (tmp_path / "two.png").read_bytes() == (tmp_path / "i.png").read_bytes()
 
 
 def test_curves_have_panels_for_what_there_is_in_words(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Whole runs on a small teacher: what they change, what they refuse, and what they survive."""
 
+import copy
 import csv
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -303,6 +305,17 @@ class TestRunDirectory:
         with pytest.raises(ValueError, match=r"checkpoint .* is damaged"):
             zero_shot_qat(student, teacher, CONFIG, run_dir=tmp_path, resume=True)
 
+    def test_a_checkpoint_of_something_else_leaves_the_teacher(self, tmp_path):
+        student, teacher = pair()
+        zero_shot_qat(student, teacher, CONFIG, run_dir=tmp_path)
+        state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+        torch.save(state | dict(iteration=10**6), tmp_path / "checkpoint.pt")
+        student, teacher = pair()
+        before = [dict(vars(m)) for m in teacher.modules()]
+        with pytest.raises(ValueError, match=r"checkpoint .* is damaged.*iteration 1000000"):
+            zero_shot_qat(student, teacher, CONFIG, run_dir=tmp_path, resume=True)
+        assert [dict(vars(m)) for m in teacher.modules()] == before
+
 
 def test_divergence_is_reported_and_not_saved(tmp_path):
     student, teacher = pair()
@@ -345,6 +358,12 @@ def test_teachers_and_students_that_cannot_be_trained():
     student, teacher = pair()
     with pytest.raises(ValueError, match=r"images must be float \[N, 3, 8, 8\], got torch.uint8"):
         zero_shot_qat(student, teacher, CONFIG, images=torch.zeros(4, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(TypeError, match="images must be a tensor, got ndarray"):
+        zero_shot_qat(student, teacher, CONFIG, images=np.zeros((4, 3, 8, 8), np.float32))
+    with pytest.raises(ValueError, match="evaluate_every must be at least 1, got 0"):
+        zero_shot_qat(student, teacher, CONFIG, evaluate=lambda m: 0, evaluate_every=0)
+    with pytest.raises(ValueError, match="must have one dtype; theirs are torch.float32 and torch.float64"):
+        zero_shot_qat(student, copy.deepcopy(teacher).double(), CONFIG)
     with pytest.raises(ValueError, match="needs a GPU"):
         zero_shot_qat(student, teacher, changed(compile="cudagraphs"))
 

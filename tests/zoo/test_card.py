@@ -6,6 +6,7 @@ import sys
 from importlib import resources
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -125,3 +126,9 @@ def test_shipped_weights_run(name):
     with torch.no_grad():
         logits = model(model.card.example_input())
     assert logits.shape == (1, model.card.num_classes) and torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("images", [torch.rand(1, 3, 32, 32), np.zeros((1, 3, 32, 32), np.uint8)])
+def test_preprocessing_takes_bytes_alone(images):
+    with pytest.raises(TypeError, match="images must be a uint8 tensor, got (torch.float32 Tensor|uint8 ndarray)"):
+        zoo.get_card("resnet20_cifar10").preprocessing(images)

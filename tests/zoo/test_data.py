@@ -141,3 +141,23 @@ def test_digits_need_no_folder(tmp_path):
         load_images(None, "cifar10")
     with pytest.raises(ValueError, match="split must be train or test, got 'val'"):
         load_digits("val")
+
+
+BYTES = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("images, labels, message", [
+    (torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64), r"must be a uint8 tensor \[N, C, H, W\], got torch.float32"),
+    (np.zeros((2, 3, 4, 4), np.uint8), torch.zeros(2, dtype=torch.int64), "got ndarray"),
+    (BYTES, torch.zeros(2, 1, dtype=torch.int64), r"int64 tensor \[2\], got torch.int64 \[2, 1\]"),
+    (BYTES, torch.zeros(3, dtype=torch.int64), r"of 2 images must be .* got torch.int64 \[3\]"),
+    (BYTES, [0, 1], "got list")])
+def test_what_is_no_image_set(images, labels, message):
+    with pytest.raises(TypeError, match=message):
+        ImageSet(images, labels, "memory")
+
+
+def test_unknown_splits():
+    for dataset in ("cifar10", "digits"):
+        with pytest.raises(ValueError, match="split must be one of test, train, got 'val'"):
+            load_images(None, dataset, "val")

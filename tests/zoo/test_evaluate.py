@@ -45,7 +45,7 @@ def test_wrong_size_and_empty_sets_are_refused():
     with pytest.raises(ValueError, match="images are 4x6, the network takes 2x2"):
         next(input_batches(torch.zeros(1, 3, 4, 6, dtype=torch.uint8), PREPROCESSING, 1))
     with pytest.raises(ValueError, match="no images in 'memory'"):
-        evaluate(nn.Flatten(), ImageSet(images(0), torch.zeros(0), "memory"), PREPROCESSING)
+        evaluate(nn.Flatten(), ImageSet(images(0), torch.zeros(0, dtype=torch.int64), "memory"), PREPROCESSING)
 
 
 def test_the_published_network_reaches_its_accuracy_on_real_images(data_dir):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,17 +128,33 @@ def test_a_teacher_run_becomes_a_float_entry(data, capsys):
     assert granq([*add, "--overwrite"]) == 2 and "does not have the SHA-256" in capsys.readouterr().err
 
 
-def test_writing_that_fails_leaves_no_partial_file(data, monkeypatch, capsys):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_writing_that_fails_leaves_everything_as_it_was(data, monkeypatch, capsys, overwrite):
+    command = ["zoo", "add", str(data / "run"), "--data", str(data), "--zoo", str(data / "zoo"), "--name", "small.x"]
+    if overwrite:
+        finish_run(data / "run", KINDS[2])
+        assert granq(command) == 0
+        shutil.rmtree(data / "run")
+    before = {f: f.read_bytes() for f in (data / "zoo").rglob("*.*")}
     finish_run(data / "run", KINDS[0])
+    write = Path.write_bytes
 
-    def full(source, target):
-        target.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr("zoo.publish.shutil.copyfile", full)
-    assert granq(["zoo", "add", str(data / "run"), "--data", str(data), "--zoo", str(data / "zoo"), "--name", "small.x"]) == 2
+    def full(self, content):
+        write(self, content[:4])
+        if ".csv" in self.name:
+            raise OSError(28, "No space left on device")
+        write(self, content)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert granq([*command, *["--overwrite"] * overwrite]) == 2
     assert "No space left on device" in capsys.readouterr().err
-    assert zoo.list_models(zoo_dir=data / "zoo") == []
-    assert list((data / "zoo").rglob("*.*")) == []
+    assert zoo.list_models(zoo_dir=data / "zoo") == ["small.x"] * overwrite
+    assert {f: f.read_bytes() for f in (data / "zoo").rglob("*.*")} == before
+
+
+def test_names_that_are_no_entries(data, capsys):
+    finish_run(data / "run", KINDS[0])
+    assert granq(["zoo", "add", str(data / "run"), "--data", str(data), "--zoo", str(data / "zoo"), "--name", "../x"]) == 2
+    assert "name of an entry must be letters, digits, '_', '.' and '-', got '../x'" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("change, message", [

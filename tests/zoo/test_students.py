@@ -10,9 +10,9 @@ from benchmarks.export_ladder import LADDER_FIELDS, ladder_table, rungs_of_run
 from granq_plugin.cli import run as granq
 from granq_plugin.deploy import bake, clear_ties
 from zoo.data import ImageSet
-from zoo.quantization import Quantization
+from zoo.quantization import ACTIVATIONS, Quantization
 from zoo.registry import get_card
-from zoo.students import ACTIVATIONS, Student, calibrated_network, calibrator, load_run
+from zoo.students import Student, calibrated_network, calibrator, load_run
 
 NAME = "resnet20_cifar10"
 SHORT = [f"--set={s}" for s in (
@@ -53,7 +53,8 @@ def test_a_run_is_found_again(runs, kind):
 
 def test_what_is_deployed_is_what_was_trained_cleared_of_ties(runs):
     student, network, _ = load_run(runs / "folded")
-    trained = student.build(get_card(NAME).build(), lambda prepared: calibrated_network(runs / "folded"))
+    trained = student.quantization.build(
+        get_card(NAME).build(), student.example_input(), lambda prepared: calibrated_network(runs / "folded"))
     trained.load_state_dict(torch.load(runs / "folded" / "checkpoint.pt", weights_only=True)["student"])
     deployed = student.quantization.deployed(trained, student.example_input())
     assert deployed.state_dict().keys() == network.state_dict().keys()
@@ -124,11 +125,11 @@ def test_students_that_make_no_sense(settings, message):
 
 
 def test_folded_students_need_ranges():
-    student = Student(NAME, Quantization(4, 4, "per-output-channel-symmetric", "folded"))
-    teacher = get_card(NAME).build()
+    card, quantization = get_card(NAME), Quantization(4, 4, "per-output-channel-symmetric", "folded")
+    teacher, example = card.build(), card.example_input()
     with pytest.raises(ValueError, match="need ranges first"):
-        student.build(teacher)
-    network = student.build(teacher, calibrator([torch.randn(2, 3, 32, 32)]))
+        quantization.build(teacher, example)
+    network = quantization.build(teacher, example, calibrator([torch.randn(2, 3, 32, 32)]))
     assert torch.isfinite(network.eval()(torch.randn(1, 3, 32, 32))).all()
 
 

@@ -94,7 +94,7 @@ def test_bad_input():
 
 
 def test_held_out_images_are_the_others():
-    numbered = ImageSet(torch.arange(20).view(20, 1, 1, 1).expand(20, 3, 8, 8), torch.arange(20), "memory")
+    numbered = ImageSet(torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1).expand(20, 3, 8, 8), torch.arange(20), "memory")
     rest, held = numbered.split(6, seed=3)
     assert sorted(rest.labels.tolist() + held.labels.tolist()) == list(range(20)) and len(held) == 6
     assert torch.equal(held.labels, numbered.subset(6, seed=3).labels)
