@@ -1,5 +1,6 @@
 """From float to quantized: :func:`quantize`."""
 
+import collections
 import copy
 import fnmatch
 import warnings
@@ -21,6 +22,8 @@ from granq_plugin.relus import RELUS, separate_relus, trace
 
 __all__ = ["quantize"]
 
+_FLOAT_ACTIVATIONS = (nn.CELU, nn.ELU, nn.GELU, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.Mish, nn.PReLU, nn.SELU, nn.SiLU,
+                      nn.Softplus)
 WEIGHT_LAYERS = {
     nn.Linear: qnn.QuantLinear,
     nn.Conv1d: qnn.QuantConv1d,
@@ -111,6 +114,8 @@ def quantize(
                          f"{', '.join(c.__name__ for c in WEIGHT_LAYERS)}, outside of {', '.join(c.__name__ for c in OPAQUE)}")
     if not relus and act_bit_width is not None:
         warnings.warn("model has no ReLU or ReLU6: no activation is quantized", stacklevel=2)
+    if act_bit_width is not None:
+        _warn_of_float_activations(model)
     settings = {n: dict(weight_bit_width=weight_bit_width, weight_quant=weight_quant) for n in weight_layers}
     settings |= {n: dict(act_bit_width=act_bit_width, act_quant=act_quant) for n in relus}
     for name, bit_width in ((weight_layers[0], first_layer_bit_width), (weight_layers[-1], last_layer_bit_width)):
@@ -243,6 +248,16 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     if new is not old:
         for alias in [n for n, m in model.named_modules(remove_duplicate=False) if m is old]:
             set_module(model, new, alias)
+
+
+def _warn_of_float_activations(model: nn.Module) -> None:
+    """Say which activation modules have no quantizer of their own, so that the next layer reads floats."""
+    left = (type(m) for m in model.modules() if isinstance(m, _FLOAT_ACTIVATIONS) and not isinstance(m, RELUS))
+    kinds = collections.Counter(kind.__name__ for kind in left)
+    if kinds:
+        warnings.warn(f"these activations stay float, and so does what the next layer reads: "
+                      f"{', '.join(f'{count} {kind}' for kind, count in kinds.items())}; "
+                      "put a brevitas.nn.QuantIdentity behind them", stacklevel=3)
 
 
 def _warn_of_float_weights(model: nn.Module, converted: Mapping) -> None:

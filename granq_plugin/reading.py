@@ -16,7 +16,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["existing_file", "load_torch", "parse_toml", "read_json", "read_text", "reason_of"]
+__all__ = ["existing_file", "load_torch", "parse_toml", "read_json", "read_text", "reason_of", "toml_value"]
 
 MOST_TEXT = 2**20
 MOST_TOML = 2**16
@@ -63,6 +63,11 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(entries, dict):
         raise ValueError(f"{str(path)!r} must hold a JSON object, got {type(entries).__name__}")
     return entries
+
+
+def toml_value(value: Any) -> str:
+    """TOML of a plain value: for these types, JSON is."""
+    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
 
 
 def parse_toml(text: str) -> dict[str, Any]:

@@ -14,6 +14,8 @@ __all__ = ["RELUS", "flattened", "relu_class", "separate_relus", "trace"]
 
 RELUS = (nn.ReLU, nn.ReLU6)
 _FUNCTIONS = {F.relu: nn.ReLU, F.relu_: nn.ReLU, torch.relu: nn.ReLU, torch.relu_: nn.ReLU, F.relu6: nn.ReLU6}
+_VIEWS = ("chunk", "expand", "flatten", "getitem", "narrow", "permute", "reshape", "select", "split", "squeeze", "t", "transpose",
+          "unbind", "unflatten", "unsqueeze", "view")
 _METHODS = {"relu": nn.ReLU, "relu_": nn.ReLU}
 
 
@@ -83,8 +85,14 @@ def separate_relus(model: nn.Module, graph_model: fx.GraphModule) -> nn.Module:
     That is ``model`` itself where it holds already. Otherwise it is ``graph_model``, its trace, with a new module for each ReLU
     that is called as a function or method, or at several places. In-place ReLUs whose input is read again are rewired to what
     those readers see: a quantizer is never in place.
+
+    Raises:
+        ValueError: for an in-place ReLU of a view, if what it is a view of is read again.
     """
     nodes = [n for n in graph_model.graph.nodes if relu_class(n, graph_model)]
+    for node in nodes:
+        if _inplace(node, graph_model):
+            _check_no_view(node)
     calls = [n.target for n in nodes if n.op == "call_module"]
     separate = len(calls) == len(nodes) == len(set(calls))
     if separate and not any(_inplace(n, graph_model) and _later_readers(n) for n in nodes):
@@ -125,6 +133,22 @@ def _later_readers(node: fx.Node) -> list[fx.Node]:
     """Nodes that read the input of ``node`` after it."""
     order = {n: i for i, n in enumerate(node.graph.nodes)}
     return [n for n in node.all_input_nodes[0].users if order[n] > order[node]]
+
+
+def _check_no_view(node: fx.Node) -> None:
+    """Raise a ValueError if ``node``, in place, changes a view of what is read after it."""
+    source = base = node.all_input_nodes[0]
+    while _is_view(base):
+        base = base.all_input_nodes[0]
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    if base is not source and any(order[n] > order[node] for n in base.users):
+        raise ValueError(f"the in-place ReLU {node.name!r} changes a view of {base.name!r}, which is read again: "
+                         "take one that is not in place")
+
+
+def _is_view(node: fx.Node) -> bool:
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    return name in _VIEWS and bool(node.all_input_nodes)
 
 
 def _call_module_instead(graph_model: fx.GraphModule, node: fx.Node, name: str, module: nn.Module) -> fx.Node:

@@ -2,12 +2,11 @@
 
 import dataclasses
 import difflib
-import json
 import math
 from pathlib import Path
 from typing import TypeVar, get_args, get_origin
 
-from granq_plugin.reading import parse_toml, read_text
+from granq_plugin.reading import parse_toml, read_text, toml_value
 
 __all__ = ["Settings", "setting"]
 
@@ -44,13 +43,13 @@ class Settings:
 
     def to_toml(self) -> str:
         """All settings as TOML, one line each with its meaning; :meth:`from_toml` reads them back."""
-        lines = [f"{f.name} = {_toml(getattr(self, f.name))}  # {f.metadata['meaning']}" for f in dataclasses.fields(self)]
+        lines = [f"{f.name} = {toml_value(getattr(self, f.name))}  # {f.metadata['meaning']}" for f in dataclasses.fields(self)]
         return "\n".join(lines) + "\n"
 
     def differences(self: S, base: S) -> str:
         """The settings that are not ``base``'s, as ``name = value`` in TOML, separated by commas."""
         names = (f.name for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(base, f.name))
-        return ", ".join(f"{name} = {_toml(getattr(self, name))}" for name in names)
+        return ", ".join(f"{name} = {toml_value(getattr(self, name))}" for name in names)
 
     @classmethod
     def from_toml(cls: type[S], text: str, base: S | None = None) -> S:
@@ -102,8 +101,3 @@ def _checked_item(name: str, kind: type, value, allowed):
     if most is not None and value > most:
         raise ValueError(f"{name} must be at most {most}, got {value!r}")
     return value
-
-
-def _toml(value) -> str:
-    """TOML of a setting: for these types, JSON is."""
-    return json.dumps(list(value) if isinstance(value, tuple) else value)

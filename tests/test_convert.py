@@ -3,6 +3,7 @@
 import warnings
 
 import brevitas.nn as qnn
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -287,3 +288,17 @@ def test_torchvision_networks():
             quantized = quantize(model)
             assert len(quant_relus(quantized)) == count, name
             assert torch.isfinite(to_static(quantized, [x])(x)).all(), name
+
+
+def test_activations_that_stay_float_are_counted():
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU6(), nn.Conv2d(4, 4, 1), nn.Hardswish(), nn.Conv2d(4, 4, 1), nn.Hardswish(), nn.GELU())
+    with pytest.warns(UserWarning, match="these activations stay float, .*: 2 Hardswish, 1 GELU; put a brevitas.nn.QuantIdentity"):
+        quantize(net.eval(), 4, 4)
+    quantize(net, 4, None)  # warnings are errors here
+
+
+def test_no_arrays_for_tensors():
+    for act in (GranQActPerChannel, GranQActPerChannelStatic):
+        with pytest.raises(TypeError, match="ndarray"):
+            qnn.QuantReLU(act, bit_width=4)(np.zeros((1, 2, 3), np.float32))

@@ -156,3 +156,15 @@ def test_what_a_forward_keeps_is_no_proxy_of_its_trace():
     with pytest.raises(RuntimeError, match="writes into the model"):
         trace(model, strict=True)
     assert model.mask is None
+
+
+@pytest.mark.parametrize("middle", [
+    lambda self, h: F.relu_(h.view(-1, 2, 4)).flatten(1) + h, lambda self, h: self.relu(h.chunk(2, 1)[0]).repeat(1, 2) + h])
+def test_relus_in_place_on_a_view_of_what_is_read_again_are_refused(middle):
+    with pytest.raises(ValueError, match="in-place ReLU .* changes a view of 'a', which is read again"):
+        quantize(Net(middle, relu=nn.ReLU(inplace=True)), 4, 4)
+
+
+def test_relus_in_place_on_a_view_that_nobody_else_reads():
+    quantized = quantize(Net(lambda self, h: F.relu_(h.view(-1, 2, 4)).flatten(1)), 4, 4)
+    assert torch.isfinite(quantized(torch.randn(3, 8))).all()

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import math
 import re
 import sys
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, get_args, get_origin, get_type_hints
 
-from granq_plugin.reading import parse_toml
+from granq_plugin.reading import parse_toml, toml_value
 from zoo.quantization import Quantization
 
 if TYPE_CHECKING:  # the command line reads this file without torch
@@ -211,9 +210,9 @@ class Card:
             if dataclasses.is_dataclass(value):
                 value = {k: v for k, v in dataclasses.asdict(value).items() if v is not None}
             if isinstance(value, dict):
-                tables += ["", f"[{f.name}]", *(f"{k} = {_toml(v)}" for k, v in value.items())]
+                tables += ["", f"[{f.name}]", *(f"{k} = {toml_value(v)}" for k, v in value.items())]
             else:
-                lines.append(f"{f.name} = {_toml(value)}")
+                lines.append(f"{f.name} = {toml_value(value)}")
         return "\n".join(lines + tables) + "\n"
 
     def build(self) -> nn.Module:
@@ -245,11 +244,6 @@ class Card:
         import torch
         size = self.preprocessing.image_size
         return torch.zeros(1, self.preprocessing.channels, size, size)
-
-
-def _toml(value: Any) -> str:
-    """TOML of a plain value: for these types, JSON is."""
-    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
 
 
 def _parsed(kind: type, entries: dict, where: str):

@@ -137,8 +137,7 @@ def write_entry(entry: Entry, zoo_dir: str | Path | None = None, *, overwrite: b
 def _student_entry(folder: Path, name: str | None, license: str | None):
     student, network, run = load_run(folder)
     base = student.card
-    if name is None and base.name == "card":
-        raise ValueError(f"the run in {str(folder)!r} is of a network of your own: give --name for its entry")
+    _check_named(folder, base, name)
     name = name or f"{base.name}.{student.quantization.suffix}"
     teacher = _teacher(base, _entry(run, "teacher_weights_sha256", str))
     quantization = student.quantization
@@ -165,6 +164,7 @@ def _student_entry(folder: Path, name: str | None, license: str | None):
 def _teacher_entry(folder: Path, name: str | None, license: str | None):
     run = read_json(folder / "run.json")
     base = get_card(str(folder / "card.toml") if (folder / "card.toml").is_file() else _entry(run, "network", str))
+    _check_named(folder, base, name)
     name = name or base.name
     file = folder / "teacher.safetensors"
     if sha256(file) != _entry(run, "teacher_sha256", str):
@@ -179,6 +179,11 @@ def _teacher_entry(folder: Path, name: str | None, license: str | None):
         epochs, run.get("version", __version__), f"logs/{name}.csv", f"configs/{name}.toml" if config.is_file() else None)
     card = _described(base, name, data, license or "BSD-3-Clause", _without_paths(_entry(run, "command", str)), training)
     return Entry(replace(card, description=f"{base.name}, float, trained by granq train-teacher"), data, folder), network, None
+
+
+def _check_named(folder: Path, base: Card, name: str | None) -> None:
+    if name is None and base.name == "card":
+        raise ValueError(f"the run in {str(folder)!r} is of a network of your own: give --name for its entry")
 
 
 def _entry(run: dict, name: str, kind: type):

@@ -122,7 +122,7 @@ def read_images(path: str | Path) -> Tensor:
     Raises:
         FileNotFoundError, ValueError: if there is no such file, or it holds no images.
     """
-    images = read_state_dict(path).get("images")
+    images = read_state_dict(path, "file of images").get("images")
     if images is None:
         raise ValueError(f"{str(path)!r} holds no tensor 'images'")
     return images

@@ -20,14 +20,17 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+def read_state_dict(path: str | Path, what: str = "weights file") -> dict[str, Tensor]:
     """Read a state dict: ``.safetensors``, or a torch file (only tensors are unpickled), possibly under a key "state_dict" or
     "model", and with the ``module.`` prefix of DataParallel.
+
+    Args:
+        what: what errors call it.
 
     Raises:
         FileNotFoundError: if there is no such file. ValueError: if it holds no state dict.
     """
-    path = existing_file(path, "weights file")
+    path = existing_file(path, what)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -36,7 +39,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             entries = load_torch(path)
     except Exception as e:  # safetensors' own class, or whatever its conversion to tensors raises
         reason = reason_of(e).removeprefix(f"{str(path)!r} is ")
-        raise ValueError(f"{str(path)!r} is not a readable weights file (.safetensors or a torch state dict): {reason}") from e
+        raise ValueError(f"{str(path)!r} is not a readable {what} (.safetensors or a torch state dict): {reason}") from e
     for key in ("state_dict", "model"):
         if isinstance(entries, dict) and isinstance(entries.get(key), dict):
             entries = entries[key]

@@ -17,6 +17,7 @@ def _settings_text() -> str:
 
 @click.command("train-teacher")
 @click.argument("name", shell_complete=complete_names(float_only=True))
+@click.option("--dataset", metavar="NAME", help="For module:function: the data set (cifar10, cifar100, digits, imagenet).")
 @click.option("--data", type=click.Path(path_type=Path), metavar="DIR", envvar="GRANQ_DATA", show_envvar=True,
               help="Folder with the training images, and the test images for the accuracy at the end; the digits need none.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="RUN_DIR", required=True,
@@ -31,7 +32,7 @@ def _settings_text() -> str:
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in RUN_DIR, if there is one.")
 @click.option("--device", default="cpu", show_default=True, help="torch device, e.g. cuda.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's].")
-def train_teacher(name, data, out, config_file, assignments, holdout, resume, device, threads) -> None:
+def train_teacher(name, dataset, data, out, config_file, assignments, holdout, resume, device, threads) -> None:
     """Train a float network on labelled images, as a teacher.
 
     The teacher is for granq qat, which takes it with --weights.
@@ -42,8 +43,8 @@ def train_teacher(name, data, out, config_file, assignments, holdout, resume, de
       granq train-teacher resnet20_cifar100 --data DIR --out runs/teacher
     """
     with input_errors():
-        from zoo import get_card
-        card = get_card(name)
+        from zoo.registry import card_of
+        card = card_of(name, dataset)
 
     import torch
     from tqdm import tqdm
@@ -51,6 +52,7 @@ def train_teacher(name, data, out, config_file, assignments, holdout, resume, de
     import zoo.data
     import zoo.evaluate
     import zoo.train
+    from granq_plugin.atomic import write_text
     from granq_plugin.zero_shot.outcome import save_tensors
     from granq_plugin.zero_shot.run_directory import add_to_run
 
@@ -89,6 +91,8 @@ def train_teacher(name, data, out, config_file, assignments, holdout, resume, de
             network=name, dataset=card.dataset, teacher_sha256=save_tensors(out / "teacher.safetensors", model.state_dict()),
             images="held-out training" if holdout else "test", **{f"{'holdout' if holdout else 'test'}_images": len(judged)},
             top1=accuracy.top1, top5=accuracy.top5, command=" ".join(["granq", *sys.argv[1:]]))
+        if name != card.name:  # of the user's own
+            write_text(out / "card.toml", card.to_toml())
         add_to_run(out, summary)
     click.echo(f"{name}: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % on {len(judged)} {summary['images']} images "
                f"(last of {config.epochs} epochs)\n  {out}/teacher.safetensors")

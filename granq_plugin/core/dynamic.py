@@ -48,6 +48,7 @@ class DynamicGranQ(GranQBase):
 
     def forward(self, x: Tensor, relu: bool = False, ahead: kernels.Ahead | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         bit_width = self.bits
+        GF.check_float(x)
         if x.dim() == 0:
             return x, torch.ones_like(x), torch.zeros_like(x), bit_width
         before = self.clamp.after(relu)

@@ -94,11 +94,11 @@ class StaticGranQ(GranQBase):
 
     def forward(self, x: Tensor, relu: bool = False, ahead: kernels.Ahead | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         bit_width = self.bits
+        GF.check_float(x)
         if x.dim() == 0:  # Brevitas's sentinel: metadata only
             if not self.scaling_impl.has_ranges:
                 return x, torch.ones_like(x), torch.zeros_like(x), bit_width
             return x, *self._scale_zero_point(*self.scaling_impl.ends()), bit_width
-        GF.check_float(x)
         before = self.clamp.after(relu)
         if self.check_finite or self.observer_only or not self.scaling_impl.frozen:  # somebody looks at what is quantized
             x, before, ahead = before.apply(x, ahead), kernels.IDENTITY, None

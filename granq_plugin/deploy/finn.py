@@ -74,7 +74,6 @@ class Op:
     channel_axis: int = 0
     missing: tuple[str, ...] = ()
     per_channel: bool = False
-    trainable: bool = False
     users: list["Op"] = field(default_factory=list)
 
 
@@ -320,12 +319,6 @@ def _attributes(ops: list[Op]) -> Iterator:
             yield op, f"does not state {', '.join(op.missing)}; export it with every attribute"
 
 
-def _baked(ops: list[Op]) -> Iterator:
-    for op in ops:
-        if op.trainable:
-            yield op, "its scales are still multiplied in at every forward; bake() the model"
-
-
 RULES = {
     "static-activations": _static,
     "unit-activations": _unit,
@@ -345,5 +338,4 @@ RULES = {
     "rescale-as-batch-norm": _rescales,
     "operators": _operators,
     "convolution-attributes": _attributes,
-    "baked": _baked,
 }

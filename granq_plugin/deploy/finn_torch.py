@@ -9,7 +9,6 @@ from brevitas.nn.quant_layer import QuantNonLinearActLayer
 from brevitas.proxy.runtime_quant import DynamicActQuantProxyFromInjector
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
 
 from granq_plugin.deploy.finn import Op, Quant
 from granq_plugin.deploy.graph import BY_A_NUMBER, Role, TracedModel, trace_quantized
@@ -44,9 +43,8 @@ def _read(traced: TracedModel, node: fx.Node, inputs: list[Op]) -> list[Op]:
     name = node.target if node.op == "call_module" else node.name
     kind_name = type(module).__name__.removeprefix("Parametrized") if module is not None else getattr(
         node.target, "__name__", str(node.target))
-    trainable = module is not None and parametrize.is_parametrized(module)
     if module is None or role not in (Role.QUANTIZER, Role.LAYER) or isinstance(module, _BatchNorm):
-        return [Op(name, _kind(traced, node, role), kind_name, inputs, trainable=trainable)]
+        return [Op(name, _kind(traced, node, role), kind_name, inputs)]
     read = []
 
     def append(kind: str, suffix: str = "", **facts) -> None:
@@ -63,7 +61,7 @@ def _read(traced: TracedModel, node: fx.Node, inputs: list[Op]) -> list[Op]:
         if module.act_quant.is_quant_enabled:
             append("quant", quant=_activation(module.act_quant))
         return read or [Op(name, "shape", kind_name, inputs)]
-    append("layer", weight=_weight(module), channel_axis=getattr(module, "output_channel_dim", 0), trainable=trainable)
+    append("layer", weight=_weight(module), channel_axis=getattr(module, "output_channel_dim", 0))
     if getattr(module, "output_quant", None) is not None and module.output_quant.is_quant_enabled:
         append("quant", ".output_quant", quant=_activation(module.output_quant))
     return read

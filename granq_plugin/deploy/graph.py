@@ -122,8 +122,9 @@ class TracedModel:
         try:
             with torch.no_grad():
                 _Recorder(self).run(*inputs)
-        except RuntimeError as e:
-            raise ValueError(f"the model cannot run on example_input of shape {tuple(inputs[0].shape)}: "
+        except (RuntimeError, ValueError) as e:
+            given = f"{str(inputs[0].dtype).removeprefix('torch.')} {list(inputs[0].shape)}"
+            raise ValueError(f"the model cannot run on example_input {given}: "
                              f"{str(e).splitlines()[0]}") from e
         finally:
             for m, mode in modes.items():

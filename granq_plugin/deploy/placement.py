@@ -1,6 +1,7 @@
 """Quantizers where an integer accelerator needs them: :func:`prepare`."""
 
 import itertools
+import warnings
 
 import brevitas.nn as qnn
 import torch
@@ -82,7 +83,9 @@ def prepare(
     traced = trace_quantized(model if inplace else copy_model(model))
     traced.run(example_input)
     bit_widths = _Placement(traced, residual_bit_width, pool_bit_width).place()
-    model = quantize(traced.module, weight_bit_width, act_bit_width, weight_quant=weight_quant, inplace=True, **options)
+    with warnings.catch_warnings():  # here all of them have a quantizer before the next layer
+        warnings.filterwarnings("ignore", "these activations stay float")
+        model = quantize(traced.module, weight_bit_width, act_bit_width, weight_quant=weight_quant, inplace=True, **options)
     device = next(model.parameters()).device
     for name, bit_width in bit_widths.items():
         if name.startswith("input_quant"):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from brevitas.proxy.quant_proxy import QuantProxyFromInjector
 from torch import Tensor, nn
 
 from granq_plugin.modules import check_module
@@ -150,12 +151,20 @@ def zero_shot_qat(
     return ZeroShotResult(student, training.generator, training.metrics, training.memory.images())
 
 
+def _is_quantized(network: nn.Module) -> bool:
+    return any(isinstance(m, QuantProxyFromInjector) for m in network.modules())
+
+
 def _check(student: nn.Module, teacher: nn.Module, config: ZeroShotConfig, images: Tensor | None, evaluate_every: int) -> None:
     """Raise for what cannot be trained, before anything is."""
     if not isinstance(config, ZeroShotConfig):
         raise TypeError(f"config must be a ZeroShotConfig, got {type(config).__name__}")
     if evaluate_every < 1:
         raise ValueError(f"evaluate_every must be at least 1, got {evaluate_every!r}")
+    if not _is_quantized(student) or _is_quantized(teacher):
+        raise ValueError("the first network is the quantized student, the second its float teacher; here "
+                         f"{'the second' if _is_quantized(teacher) else 'the first'} has "
+                         f"{'' if _is_quantized(teacher) else 'no '}Brevitas quantizers")
     shared = {p.data_ptr() for p in teacher.parameters()} & {p.data_ptr() for p in student.parameters() if p.numel()}
     if shared:
         raise ValueError("student and teacher share parameters: quantize a copy of the teacher (inplace=False)")

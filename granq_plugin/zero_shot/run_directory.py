@@ -140,7 +140,8 @@ class RunDirectory:
             if identity.get(name) != state:
                 who = name.removesuffix("_state_sha256")
                 was, now = (bits.get(f"{who}_bits") for bits in (identity, self._bits))
-                differences.append(f"another {who}" + (f" (bits were {was}, are {now})" if was != now else ""))
+                how = f" (bits were {was}, are {now})" if was != now else ""
+                differences.append(f"another {who}{how or ', or one that was trained since: give it as it was at first'}")
         if differences:
             raise ValueError(f"run directory {str(self.path)!r} holds a different run: {'; '.join(differences)}")
         return identity

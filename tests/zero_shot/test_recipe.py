@@ -349,8 +349,13 @@ def test_teachers_and_students_that_cannot_be_trained():
     with pytest.raises(ValueError, match="no BatchNorm layer"):
         zero_shot_qat(gq.quantize(without, 3, 3), without, CONFIG)
     student, teacher = pair()
+    for swapped, which in (((teacher, student), "the second has"), ((teacher, teacher), "the first has no")):
+        with pytest.raises(ValueError, match=f"the first network is the quantized student, .* here {which} Brevitas quantizers"):
+            zero_shot_qat(*swapped, CONFIG)
+    sharing, _ = pair()
+    sharing[-1].weight = teacher[-1].weight
     with pytest.raises(ValueError, match="share parameters"):
-        zero_shot_qat(teacher, teacher, CONFIG)
+        zero_shot_qat(sharing, teacher, CONFIG)
     with pytest.raises(ValueError, match="no parameter to train"):
         zero_shot_qat(student.requires_grad_(False), teacher, CONFIG)
     with pytest.raises(TypeError, match="config must be a ZeroShotConfig, got dict"):

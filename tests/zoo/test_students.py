@@ -206,6 +206,14 @@ def test_a_network_of_the_working_folder_goes_all_the_way(tmp_path, monkeypatch,
                     ["evaluate", "run/card.toml", "--weights", "w.pt"]):
         del sys.modules["nets_of_this_folder"]
         assert granq(command) == 0, command
+    del sys.modules["nets_of_this_folder"]
+    assert granq(["train-teacher", "nets_of_this_folder:net", "--dataset", "digits", "--out", "taught", "--set=epochs=1"]) == 0
+    assert granq(["evaluate", "taught/card.toml", "--weights", "taught/teacher.safetensors"]) == 0
+    assert granq(["zoo", "add", "taught", "--zoo", "zoo"]) == 2 and "give --name for its entry" in capsys.readouterr().err
+    assert granq(["zoo", "add", "taught", "--zoo", "zoo", "--name", "net"]) == 0
+    assert granq(["zoo", "card", "nets_of_this_folder:net"]) == 2
+    assert "is no zoo entry: module:function is for granq evaluate, qat and train-teacher" in " ".join(
+        capsys.readouterr().err.split())
     # the same network with more classes: settings follow the card, and those that are given must fit it
     (tmp_path / "more.toml").write_text((tmp_path / "run/card.toml").read_text().replace("num_classes = 10", "num_classes = 12"))
     torch.save(net(12).state_dict(), "w12.pt")
