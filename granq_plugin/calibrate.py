@@ -72,14 +72,19 @@ def to_static(
         dynamic.extend(_swap_dynamic_proxies(model, act_quant))
         if not dynamic:
             raise ValueError("model has no dynamic GranQ activation quantizer (GranQActPerChannel) to make static")
-        modes = {m: m.training for m in model.modules()}
-        model.eval()
-        with torch.no_grad(), calibration_mode(model):
-            for batch in calibration_batches:
-                (forward or first_element)(model, batch)
-                batches += 1
         new = {m for layer, attribute, _ in dynamic for m in getattr(layer, attribute).modules()}
         collectors = {name: m for name, m in model.named_modules() if isinstance(m, CollectedRange) and m in new}
+        modes = {m: m.training for m in model.modules()}
+        model.eval()
+        try:
+            with torch.no_grad(), calibration_mode(model):
+                for batch in calibration_batches:
+                    (forward or first_element)(model, batch)
+                    batches += 1
+        except ValueError:
+            for name, collector in collectors.items():  # the same error, with the name of the first
+                collector.check_finite(f"{name.split('.act_quant')[0]}: ")
+            raise
         unseen = [name for name, m in collectors.items() if not m.has_ranges]
         if len(unseen) == len(collectors):
             raise ValueError(f"calibration_batches is empty: {batches} batches without a sample; at least one image is needed")

@@ -86,9 +86,9 @@ def test_bad_calibration_is_named():
             to_static(dynamic, batches)
     with pytest.raises(TypeError, match="act_quant must be GranQActPerChannelStatic.*got GranQActPerChannel"):
         to_static(dynamic, [image()], act_quant=GranQActPerChannel)
-    with pytest.raises(TypeError, match="must be a tensor or a tuple that starts with one, got str"):
+    with pytest.raises(TypeError, match="must be a tensor .* or a tuple that starts with one, got str"):
         to_static(dynamic, ["image"])
-    with pytest.raises(ValueError, match="NaN or Inf: calibration data was not finite"):
+    with pytest.raises(ValueError, match=r"^\d+: \d+ of \d+ channel ranges are NaN or Inf: calibration data was not finite"):
         to_static(dynamic, [image() * float("nan")])
     with pytest.raises(ValueError, match="no dynamic GranQ activation quantizer"):
         to_static(sequential(), [image()])

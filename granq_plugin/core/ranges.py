@@ -84,10 +84,15 @@ class CollectedRange(nn.Module):
         """
         if self.frozen or not self.has_ranges:
             return
+        self.check_finite()
+        self.frozen = True
+
+    def check_finite(self, where: str = "") -> None:
+        """Raise a ValueError, which begins with ``where``, if a collected range is NaN or Inf."""
         bad = int((~(torch.isfinite(self.running_min) & torch.isfinite(self.running_max))).sum())
         if bad:
-            raise ValueError(f"{bad} of {self.running_min.numel()} channel ranges are NaN or Inf: calibration data was not finite")
-        self.frozen = True
+            raise ValueError(
+                f"{where}{bad} of {self.running_min.numel()} channel ranges are NaN or Inf: calibration data was not finite")
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Collect from ``x`` where that is due, and return ``(lo, hi)``, broadcastable to x, in float32 or wider."""

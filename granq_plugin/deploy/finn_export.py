@@ -11,7 +11,7 @@ from granq_plugin.atomic import atomic_path
 from granq_plugin.core.proxy import GranQDynamicActProxy, GranQStaticActProxy
 from granq_plugin.deploy.finn import check_finn
 from granq_plugin.export.costs import MAC_OPS
-from granq_plugin.export.files import metadata_of, set_metadata
+from granq_plugin.export.files import constants_of, metadata_of, set_metadata
 from granq_plugin.export.onnx_export import to_onnx
 
 __all__ = ["export_finn"]
@@ -86,7 +86,7 @@ def _cleaned(proto, top_k: int | None):
     from qonnx.transformation.infer_shapes import InferShapes
     from qonnx.transformation.insert_topk import InsertTopK
     from qonnx.util.cleanup import cleanup_model
-    graph = cleanup_model(ModelWrapper(proto))
+    graph = cleanup_model(ModelWrapper(_with_stored_constants(proto)))
     if top_k is not None:
         outputs = graph.get_tensor_shape(graph.graph.output[0].name)[-1]
         if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= outputs:
@@ -95,10 +95,27 @@ def _cleaned(proto, top_k: int | None):
     return graph.transform(InferDataTypes()).model
 
 
+def _with_stored_constants(proto):
+    """A copy with initializers for constants, and for the Identity nodes through which torch shares them: qonnx folds them too,
+    but one at a time, and infers all shapes after each."""
+    from onnx import ModelProto, numpy_helper
+    stored, constants = ModelProto(), constants_of(proto)
+    stored.CopyFrom(proto)
+    del stored.graph.node[:]
+    outputs = {o.name for o in proto.graph.output}
+    for node in proto.graph.node:
+        if node.op_type == "Identity" and node.input[0] in constants and node.output[0] not in outputs:
+            constants[node.output[0]] = constants[node.input[0]]
+        elif node.op_type != "Constant":
+            stored.graph.node.append(node)
+    known = {i.name for i in proto.graph.initializer}
+    stored.graph.initializer.extend(numpy_helper.from_array(a, name) for name, a in constants.items() if name not in known)
+    return stored
+
+
 def _weights_of_layers(proto) -> list[bytes]:
     """The stored weight of every layer, in order of execution."""
-    constants = {i.name: _unnamed(i) for i in proto.graph.initializer}
-    constants |= {n.output[0]: _unnamed(n.attribute[0].t) for n in proto.graph.node if n.op_type == "Constant"}
+    constants = constants_of(proto)
     producer = {output: n for n in proto.graph.node for output in n.output}
     weights = []
     for node in proto.graph.node:
@@ -106,15 +123,9 @@ def _weights_of_layers(proto) -> list[bytes]:
             source = node.input[1]
             while source not in constants and source in producer:
                 source = producer[source].input[0]
-            weights.append(constants.get(source, b""))
+            array = constants.get(source)
+            weights.append(b"" if array is None else f"{array.dtype} {array.shape} ".encode() + array.tobytes())
     return weights
-
-
-def _unnamed(tensor) -> bytes:
-    """Shape, type and numbers of a stored tensor."""
-    from onnx import numpy_helper
-    array = numpy_helper.to_array(tensor)
-    return f"{array.dtype} {array.shape} ".encode() + array.tobytes()
 
 
 def _in_order_of(weights: list[bytes], described: list[bytes], names: str) -> str:

@@ -214,11 +214,9 @@ def _compare(name, proto, model, images, labels, batch_size, rtol, integers, pro
         found = found.reshape(len(x), -1)
         flat = expected.reshape(len(x), -1)
         if indices:  # the file ends in top-k
-            k = found.shape[1]
-            if k > flat.shape[1]:
+            if found.shape[1] > flat.shape[1]:
                 raise ValueError(f"the file gives outputs of shape {found.shape[1:]}, the model of {flat.shape[1:]}")
-            largest = torch.from_numpy(flat).topk(k).indices.numpy()
-            same = (found == largest).all(1)
+            same = _are_largest(found.astype(np.int64), flat)
             exact, close, top1 = exact + int(same.sum()), close + int(same.sum()), top1 + int(same.sum())
             choice = found[:, 0].astype(np.int64)
         else:
@@ -246,6 +244,14 @@ def _compare(name, proto, model, images, labels, batch_size, rtol, integers, pro
 def _relative(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """Of each sample's outputs ``[B, N]``, the largest difference, relative to the largest output that is expected."""
     return distances(found, expected).max(1) / np.maximum(np.nan_to_num(np.abs(expected)).max(1), np.finfo(np.float32).tiny)
+
+
+def _are_largest(indices: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+    """For each sample, whether ``[B, K]`` indices are those of its K largest outputs, in order; of equal ones any is first."""
+    ordered, count = np.sort(indices, 1), outputs.shape[1]
+    found = np.take_along_axis(outputs, indices.clip(0, count - 1), 1)
+    distinct = (ordered[:, 0] >= 0) & (ordered[:, -1] < count) & (np.diff(ordered, axis=1) > 0).all(1)
+    return distinct & (found == -np.sort(-outputs, 1)[:, :indices.shape[1]]).all(1)
 
 
 def _equal_integers(values: np.ndarray, records: list[QuantizerRecord]) -> tuple[int, int]:

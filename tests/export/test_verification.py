@@ -18,6 +18,7 @@ from granq_plugin.export import export_qcdq, export_qonnx, verify
 from granq_plugin.export.executors import lower_quant, open_executor
 from granq_plugin.export.files import read_onnx, set_metadata
 from granq_plugin.export.integers import distances
+from granq_plugin.export.verification import _are_largest
 from networks import images32, quantized_as
 
 
@@ -297,3 +298,9 @@ def test_distances():
     inf, nan = np.inf, np.nan
     found = distances(np.float32([1, inf, nan, 1, nan, inf, -inf]), np.float32([3, inf, nan, nan, 1, 1, inf]))
     assert found.tolist() == [2, 0, 0, inf, inf, inf, inf]
+
+
+def test_of_equal_outputs_any_is_the_largest():
+    outputs = np.float32([[1, 3, 3, 0]] * 5)
+    indices = np.array([[1, 2, 0], [2, 1, 0], [1, 1, 0], [1, 0, 2], [1, 2, 4]])
+    assert _are_largest(indices, outputs).tolist() == [True, True, False, False, False]
