@@ -19,6 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_map
 
 from granq_plugin.core.proxy import FusedActivation, GranQActProxy, has_hooks
+from granq_plugin.core.unit import UnitActivation
 from granq_plugin.kernels import Ahead, is_observed
 from granq_plugin.modules import check_module
 from granq_plugin.relus import flattened, trace
@@ -37,21 +38,25 @@ class BatchNormAct(nn.Module):
     """``act(norm(x))``, or ``act(norm(x) + residual)``: the same bits, in one pass over memory where a kernel can.
 
     Args:
-        norm: a BatchNorm layer with running statistics. act: a Brevitas activation layer with a GranQ quantizer.
+        norm: a BatchNorm layer with running statistics. act: a Brevitas activation layer with a GranQ quantizer, or a folded one.
         add: how the residual is added where that is an operation of its own.
     """
 
     def __init__(self, norm: nn.Module, act: nn.Module, add: Callable[[Tensor, Tensor], Tensor] = operator.add) -> None:
         super().__init__()
         self.norm, self.act, self.add = norm, act, add
+        self.unit = UnitActivation(act) if UnitActivation.suits(act) else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         norm, act = self.norm, self.act
         if not self._fuses(x, residual):
             y = norm(x)
             return act(y if residual is None else self.add(y, residual))
-        norm._check_input_dim(x)
+        if type(norm) in _BATCH_NORMS:
+            norm._check_input_dim(x)
         ahead = Ahead(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, residual)
+        if self.unit is not None:
+            return self.unit(x, ahead)
         with act.act_quant.fused_activation_quant_proxy.after(ahead):
             return act(x)
 
@@ -62,8 +67,9 @@ class BatchNormAct(nn.Module):
         return (type(x) is Tensor and (residual is None or (type(residual) is Tensor and residual.dtype == x.dtype
                                                             and residual.shape == x.shape))
                 and not norm.training and norm.running_mean is not None and norm.running_var is not None
-                and isinstance(proxy, GranQActProxy) and proxy.is_quant_enabled and not (proxy.export_mode or act.export_mode)
-                and not act.input_quant.is_quant_enabled and proxy.fused_activation_quant_proxy.fuses()
+                and proxy.is_quant_enabled and not (proxy.export_mode or act.export_mode) and not act.input_quant.is_quant_enabled
+                and (isinstance(proxy, GranQActProxy) and proxy.fused_activation_quant_proxy.fuses() if self.unit is None
+                     else self.unit.serves(x))
                 and not _is_watched(norm, act, act.input_quant, proxy, proxy.fused_activation_quant_proxy))
 
 
@@ -115,9 +121,9 @@ class FusedModel(nn.Module):
 def fuse_batch_norm(model: nn.Module) -> nn.Module:
     """A model that computes the same, bit for bit, in fewer passes over memory: to be run, not to be saved.
 
-    A BatchNorm in evaluation mode whose output only a GranQ activation reads is computed inside of the activation's kernel, and so
-    is a residual addition between them, with gradients and without. The gradient of a tensor with three readers or more may differ
-    in the last places, as its summands come in another order; on a GPU BatchNorm's last places may.
+    A BatchNorm in evaluation mode whose output only a GranQ activation, or one of a folded network, reads is computed inside of the
+    activation's kernel, and so is a residual addition between them, with gradients and without. The gradient of a tensor with three
+    readers or more may differ in the last places, as its summands come in another order; on a GPU BatchNorm's last places may.
 
     Args:
         model: float or quantized, in the mode in which it will run; it is left as it is and shares its modules with the result.
@@ -204,8 +210,8 @@ def _is_watched(*modules: nn.Module) -> bool:
 
 def _is_act(module: nn.Module) -> bool:
     return (isinstance(module, QuantNonLinearActLayer) and type(module).forward is QuantNonLinearActLayer.forward
-            and isinstance(module.act_quant, GranQActProxy)
-            and type(module.act_quant.fused_activation_quant_proxy) is FusedActivation)
+            and ((isinstance(module.act_quant, GranQActProxy)
+                  and type(module.act_quant.fused_activation_quant_proxy) is FusedActivation) or UnitActivation.suits(module)))
 
 
 def _fuse(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -245,7 +251,12 @@ def _is_sum(node) -> bool:
 
 def _is_norm(node, graph: fx.GraphModule) -> bool:
     return (isinstance(node, fx.Node) and node.op == "call_module" and len(node.args) == 1 and not node.kwargs
-            and type(graph.get_submodule(node.target)) in _BATCH_NORMS)
+            and _evaluates_as_batch_norm(graph.get_submodule(node.target)))
+
+
+def _evaluates_as_batch_norm(module: nn.Module) -> bool:
+    """BatchNorm itself, and the channel-wise factors of folded networks, which say so."""
+    return type(module) in _BATCH_NORMS or getattr(type(module), "evaluates_as_batch_norm", False)
 
 
 def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:

@@ -18,6 +18,9 @@ import networks
 import oracles
 from granq_plugin import kernels
 from granq_plugin.core.static import StaticGranQ
+from granq_plugin.core.unit import UnitActivation
+from granq_plugin.deploy import fold, prepare
+from granq_plugin.deploy.graph import ChannelRescale
 from granq_plugin.fusion import BatchNormAct, fuse_batch_norm
 from granq_plugin.zero_shot import preset, training, zero_shot_qat
 
@@ -80,6 +83,49 @@ def test_same_bits_in_a_network_with_residuals(fused_calls, act_quant, memory_fo
     assert_same_function(student, x)
     if act_quant is not ACT_QUANTS[2]:
         assert {(residual, fused) for _, residual, fused in fused_calls} == {(False, True), (True, True)}
+
+
+@pytest.mark.parametrize("name", ["chain", "mobile", "residual", "concat"])
+@pytest.mark.parametrize("kernel", ["", "eager"])
+def test_same_bits_in_folded_networks(monkeypatch, name, kernel):
+    monkeypatch.setenv("GRANQ_KERNEL", kernel)
+    model, x = networks.quantized_as("folded", name), networks.images32(2, 3)
+    assert any(UnitActivation.suits(layer.act) for layer in layers_of(fuse_batch_norm(model)))
+    assert_same_function(model, x)
+
+
+def test_folded_networks_fuse_their_factors_and_both_branches():
+    model = networks.quantized_as("folded", "residual")
+    fused = layers_of(fuse_batch_norm(model))
+    assert any(isinstance(m.norm, ChannelRescale) for m in fused) and any(isinstance(m.act, qnn.QuantIdentity) for m in fused)
+
+
+def change_hook(act):
+    act.act_quant.fused_activation_quant_proxy.tensor_quant.int_quant.register_forward_hook(lambda *_: None)
+
+
+def change_bits(act):
+    act.act_quant.quant_injector = act.act_quant.quant_injector.let(bit_width=2)
+    act.act_quant.init_tensor_quant()
+
+
+@pytest.mark.parametrize("change", [
+    change_hook, change_bits, lambda act: setattr(act, "return_quant_tensor", True), lambda act: setattr(
+        act.act_quant, "disable_quant", True)])
+def test_folded_activations_that_became_something_else(change):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    model = folded(oracles.randomize_batch_norm(net).eval(), torch.randn(8, 3, 8, 8))
+    fused, x = fuse_batch_norm(model), torch.randn(2, 3, 8, 8)
+    layer = next(layer for layer in layers_of(fused) if isinstance(layer.act, qnn.QuantReLU))
+    assert layer._fuses(x, None)
+    change(layer.act)
+    assert not layer._fuses(x, None)
+    with torch.no_grad():
+        oracles.assert_equal(fused(x), model(x))
+
+
+def folded(model, x):
+    return fold(gq.to_static(prepare(model, x[:1], 4, 4), [x]), x[:1])
 
 
 def test_every_batch_norm_of_resnet20_and_most_of_mobilenet():

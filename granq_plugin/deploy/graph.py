@@ -22,6 +22,7 @@ class ChannelRescale(_BatchNorm):
 
     hls4ml takes a rescale between two quantizers in this form only; the mean is 0 and the variance 1.
     """
+    evaluates_as_batch_norm = True  # so that it is fused as one
 
     def __init__(self, factors: Tensor) -> None:
         super().__init__(factors.numel(), eps=0.0)

@@ -1,0 +1,58 @@
+"""Folded activations: stock Brevitas layers whose integers have the constant scale 1, in one kernel with what is ahead of them."""
+
+import torch
+from brevitas.core.quant import RescalingIntQuant
+from brevitas.core.scaling import ConstScaling
+from brevitas.core.zero_point import ZeroZeroPoint
+from brevitas.nn.quant_layer import QuantNonLinearActLayer
+from brevitas.proxy.runtime_quant import ActQuantProxyFromInjector, FusedActivationQuantProxy
+from torch import Tensor, nn
+
+from granq_plugin import functional as GF
+from granq_plugin import kernels
+from granq_plugin.core.int_quant import FusedIntQuant, has_stock_arithmetic
+from granq_plugin.core.proxy import has_hooks
+
+__all__ = ["UnitActivation"]
+
+
+class UnitActivation:
+    """What such a layer computes, without the modules that Brevitas computes it with: the same values and gradients.
+
+    Args:
+        layer: a Brevitas activation layer for which :meth:`suits` holds.
+    """
+
+    def __init__(self, layer: QuantNonLinearActLayer) -> None:
+        self.layer, proxy = layer, layer.act_quant
+        self.modules = tuple(proxy.modules())  # another state dict, or another bit width, builds new ones
+        self.quantizer = proxy.fused_activation_quant_proxy.tensor_quant
+        self.before = kernels.Before(relu=type(proxy.fused_activation_quant_proxy.activation_impl) is nn.ReLU)
+        int_quant = self.quantizer.int_quant
+        self.limits = GF.integer_limits(int(proxy.bit_width()), int_quant.signed, int_quant.narrow_range)
+
+    @staticmethod
+    def suits(layer: nn.Module) -> bool:
+        """Whether a layer is one of these, and nobody looks into it."""
+        proxy = getattr(layer, "act_quant", None)
+        fused = getattr(proxy, "fused_activation_quant_proxy", None)
+        quantizer = getattr(fused, "tensor_quant", None)
+        return (isinstance(layer, QuantNonLinearActLayer) and type(proxy) is ActQuantProxyFromInjector
+                and type(fused) is FusedActivationQuantProxy and type(fused.activation_impl) in (nn.ReLU, nn.Identity)
+                and type(quantizer) is RescalingIntQuant and type(quantizer.int_quant) is FusedIntQuant
+                and has_stock_arithmetic(quantizer.int_quant) and type(quantizer.scaling_impl) is ConstScaling
+                and type(quantizer.zero_point_impl) is ZeroZeroPoint and not any(map(has_hooks, proxy.modules()))
+                and proxy.is_quant_enabled and proxy.scale().numel() == 1 and proxy.scale().item() == 1)
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether the layer still is what it was, and a kernel may take its place for x."""
+        proxy = self.layer.act_quant
+        return (not (kernels.is_observed() or self.layer.return_quant_tensor or self.quantizer.observer_only
+                     or proxy.cache_inference_quant_act)
+                and x.is_cpu and x.dtype == torch.float32
+                and proxy.fused_activation_quant_proxy.tensor_quant is self.quantizer and not any(map(has_hooks, self.modules)))
+
+    def __call__(self, x: Tensor, ahead: kernels.Ahead) -> Tensor:
+        """The integers of ``ahead``'s values, as floats."""
+        scale = x.new_ones([n if d == 1 else 1 for d, n in enumerate(x.shape)])  # kernels know BatchNorm per channel only
+        return kernels.affine_quantize(x, scale, torch.zeros_like(scale), self.limits, 1, self.before, ahead)
