@@ -16,6 +16,7 @@ from brevitas.nn.quant_layer import QuantNonLinearActLayer
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_map
 
 from granq_plugin.core.proxy import FusedActivation, GranQActProxy, has_hooks
@@ -52,7 +53,7 @@ class BatchNormAct(nn.Module):
         if not self._fuses(x, residual):
             y = norm(x)
             return act(y if residual is None else self.add(y, residual))
-        if type(norm) in _BATCH_NORMS:
+        if isinstance(norm, _BATCH_NORMS):
             norm._check_input_dim(x)
         ahead = Ahead(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, residual)
         if self.unit is not None:
@@ -255,8 +256,9 @@ def _is_norm(node, graph: fx.GraphModule) -> bool:
 
 
 def _evaluates_as_batch_norm(module: nn.Module) -> bool:
-    """BatchNorm itself, and the channel-wise factors of folded networks, which say so."""
-    return type(module) in _BATCH_NORMS or getattr(type(module), "evaluates_as_batch_norm", False)
+    """BatchNorm itself, also with parametrized weights, and the channel-wise factors of folded networks, which say so."""
+    kind = type(module).__base__ if is_parametrized(module) else type(module)
+    return kind in _BATCH_NORMS or getattr(kind, "evaluates_as_batch_norm", False)
 
 
 def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:

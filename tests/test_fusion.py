@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils.parametrize import is_parametrized
 
 import granq_plugin as gq
 import networks
@@ -92,6 +93,16 @@ def test_same_bits_in_folded_networks(monkeypatch, name, kernel):
     model, x = networks.quantized_as("folded", name), networks.images32(2, 3)
     assert any(UnitActivation.suits(layer.act) for layer in layers_of(fuse_batch_norm(model)))
     assert_same_function(model, x)
+
+
+def test_same_bits_while_a_folded_network_learns():
+    """Weights of BatchNorm and layers are computed from parameters: gradients reach these."""
+    net = oracles.randomize_batch_norm(networks.teacher_network()).eval()
+    images = torch.randn(16, 3, 8, 8)
+    model = fold(gq.to_static(prepare(net, images[:1], 4, 4), [images]), images[:1], trainable=True)
+    fused = layers_of(fuse_batch_norm(model))
+    assert any(is_parametrized(m.norm) for m in fused)
+    assert_same_function(model, images)
 
 
 def test_folded_networks_fuse_their_factors_and_both_branches():
