@@ -34,8 +34,8 @@ def freeze_weights(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         ValueError: names the layer, if its weight is computed from others (``fold(..., trainable=True)``: bake it first), is not
-            float32 or not finite, has a quantizer in common with another weight, or is another layer's weight too, whose
-            quantizer gives it other values; if there is nothing to freeze.
+            float32 or not finite, has a quantizer in common with another weight, or is another layer's weight too, which
+            stays float or is quantized to other values; if there is nothing to freeze.
 
     Example:
         >>> from granq_plugin import quantize
@@ -51,7 +51,7 @@ def freeze_weights(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for name, layer in layers.items():
         _check(name, layer)
     quantized = {name: _quantized(layer) for name, layer in layers.items()}
-    _check_tied(layers, quantized)
+    _check_tied(model, layers, quantized)
     for name, layer in layers.items():
         _freeze(name, layer, *quantized[name])
     return model
@@ -141,9 +141,14 @@ def _quantized(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     return value, scale, zero_point
 
 
-def _check_tied(layers: dict[str, nn.Module], quantized: dict[str, tuple]) -> None:
-    """Layers that share a weight agree in what it becomes."""
+def _check_tied(model: nn.Module, layers: dict[str, nn.Module], quantized: dict[str, tuple]) -> None:
+    """Layers that share a weight agree in what it becomes, and nobody else has it."""
     first = {}
+    names = {layer.weight: name for name, layer in layers.items()}
+    for other, m in model.named_modules():
+        for parameter in m._parameters.values():
+            if parameter in names and other not in layers:
+                raise ValueError(f"cannot freeze '{names[parameter]}': its weight is also that of '{other}', which stays float")
     for name, layer in layers.items():
         other = first.setdefault(layer.weight, name)
         if not torch.equal(quantized[other][0], quantized[name][0]):

@@ -143,7 +143,7 @@ def fuse_batch_norm(model: nn.Module) -> nn.Module:
         True
     """
     check_module(model)
-    if not any(map(_is_act, model.modules())) or _is_watched(*flattened(model, _LEAVES)):  # hooks would run as it is traced
+    if _is_watched(*flattened(model, _LEAVES)) or not any(map(_is_act, model.modules())):  # hooks would run as it is traced
         return model
     graph = _traced(model)
     if graph is None:
@@ -258,7 +258,7 @@ def _is_norm(node, graph: fx.GraphModule) -> bool:
 def _evaluates_as_batch_norm(module: nn.Module) -> bool:
     """BatchNorm itself, also with parametrized weights, and the channel-wise factors of folded networks, which say so."""
     kind = type(module).__base__ if is_parametrized(module) else type(module)
-    return kind in _BATCH_NORMS or getattr(kind, "evaluates_as_batch_norm", False)
+    return kind in _BATCH_NORMS or vars(kind).get("evaluates_as_batch_norm", False)
 
 
 def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:

@@ -30,7 +30,7 @@ def trace(model: nn.Module, leaves: tuple[type, ...] = (), strict: bool = False)
     parameters = inspect.signature(model.forward).parameters.values()
     optional = {p.name: p.default for p in parameters if p.default is None or isinstance(p.default, (bool, int, float, str))}
     tracer = _Tracer(leaves, strict)
-    snapshot = Snapshot(model)
+    snapshot = Snapshot(model, parameters=strict)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Was not able to add assertion", UserWarning)  # fx, of arguments fixed at None
@@ -87,7 +87,7 @@ def separate_relus(model: nn.Module, graph_model: fx.GraphModule) -> nn.Module:
     those readers see: a quantizer is never in place.
 
     Raises:
-        ValueError: for an in-place ReLU of a view, if what it is a view of is read again.
+        ValueError: for an in-place ReLU whose input shares its values with another view that is read again.
     """
     nodes = [n for n in graph_model.graph.nodes if relu_class(n, graph_model)]
     for node in nodes:
@@ -136,19 +136,32 @@ def _later_readers(node: fx.Node) -> list[fx.Node]:
 
 
 def _check_no_view(node: fx.Node) -> None:
-    """Raise a ValueError if ``node``, in place, changes a view of what is read after it."""
+    """Raise a ValueError if ``node``, in place, changes what is read after it under another name: views share their values."""
     source = base = node.all_input_nodes[0]
     while _is_view(base):
         base = base.all_input_nodes[0]
-    order = {n: i for i, n in enumerate(node.graph.nodes)}
-    if base is not source and any(order[n] > order[node] for n in base.users):
-        raise ValueError(f"the in-place ReLU {node.name!r} changes a view of {base.name!r}, which is read again: "
-                         "take one that is not in place")
+    order, aliases = {n: i for i, n in enumerate(node.graph.nodes)}, [base]
+    for alias in aliases:
+        aliases += [n for n in alias.users if _is_view(n) and order[n] < order[node]]
+    for alias in aliases:
+        if alias is not source and any(order[n] > order[node] and not _reads_metadata(n) for n in alias.users):
+            raise ValueError(f"the in-place ReLU {node.name!r} changes {alias.name!r}, which shares its values and is read again: "
+                             "take one that is not in place")
+
+
+def _target_name(node: fx.Node) -> str:
+    return node.target if node.op == "call_method" else getattr(node.target, "__name__", "") if node.op == "call_function" else ""
 
 
 def _is_view(node: fx.Node) -> bool:
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    name = _target_name(node)
+    if name == "getitem" and isinstance(node.args[1], int):  # of a tuple: of views, or of whatever a module returns
+        return isinstance(node.args[0], fx.Node) and _target_name(node.args[0]) in ("chunk", "split", "unbind")
     return name in _VIEWS and bool(node.all_input_nodes)
+
+
+def _reads_metadata(node: fx.Node) -> bool:
+    return _target_name(node) in ("size", "dim", "ndimension", "numel", "stride", "is_contiguous", "getattr")
 
 
 def _call_module_instead(graph_model: fx.GraphModule, node: fx.Node, name: str, module: nn.Module) -> fx.Node:

@@ -4,6 +4,7 @@ import operator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 __all__ = ["Snapshot"]
 
@@ -13,11 +14,13 @@ class Snapshot:
 
     Args:
         model: any module. Its tensors are copied, its other attributes referred to; dictionaries and lists one level deep.
+        parameters: False: parameters are referred to, too, which takes neither memory nor time.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, parameters: bool = True) -> None:
         self._attributes = [(vars(m), {k: (v, _items(v)) for k, v in vars(m).items()}) for m in model.modules()]
-        self._tensors = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+        tensors = (*model.buffers(), *(model.parameters() if parameters else ()))
+        self._tensors = [(t, t.detach().clone()) for t in tensors if not is_lazy(t)]
 
     def holds(self) -> bool:
         """Whether every attribute still is what it was, and every parameter and buffer has its value."""

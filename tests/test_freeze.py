@@ -145,3 +145,16 @@ def test_tied_weights(regime):
         assert torch.equal(freeze_weights(quantized)(x), quantized(x))
     with pytest.raises(ValueError, match="cannot freeze '2': its weight is also that of '0', which quantizes it to other values"):
         freeze_weights(gq.quantize(model, 2, 4, weight_quant=REGIMES[regime], first_layer_bit_width=5))
+
+
+def test_a_weight_that_something_else_has_too():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.relu, self.out = nn.Embedding(7, 4), nn.ReLU(), nn.Linear(4, 7)
+            self.out.weight = self.embedding.weight
+
+        def forward(self, x):
+            return self.out(self.relu(self.embedding(x)))
+    with pytest.raises(ValueError, match="cannot freeze 'out': its weight is also that of 'embedding', which stays float"):
+        freeze_weights(gq.quantize(Tied(), 3, 3))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from brevitas.core.function_wrapper import FloorSte
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils.parametrize import is_parametrized
@@ -115,14 +116,22 @@ def change_hook(act):
     act.act_quant.fused_activation_quant_proxy.tensor_quant.int_quant.register_forward_hook(lambda *_: None)
 
 
+def change_constant(act):
+    act.act_quant.fused_activation_quant_proxy.tensor_quant.msb_clamp_bit_width_impl.bit_width.value.fill_(2)
+
+
+def change_rounding(act):
+    act.act_quant.fused_activation_quant_proxy.tensor_quant.int_quant.float_to_int_impl = FloorSte()
+
+
 def change_bits(act):
     act.act_quant.quant_injector = act.act_quant.quant_injector.let(bit_width=2)
     act.act_quant.init_tensor_quant()
 
 
 @pytest.mark.parametrize("change", [
-    change_hook, change_bits, lambda act: setattr(act, "return_quant_tensor", True), lambda act: setattr(
-        act.act_quant, "disable_quant", True)])
+    change_hook, change_bits, change_constant, change_rounding, lambda act: setattr(act, "return_quant_tensor", True),
+    lambda act: setattr(act.act_quant, "disable_quant", True)])
 def test_folded_activations_that_became_something_else(change):
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
     model = folded(oracles.randomize_batch_norm(net).eval(), torch.randn(8, 3, 8, 8))
@@ -133,6 +142,20 @@ def test_folded_activations_that_became_something_else(change):
     assert not layer._fuses(x, None)
     with torch.no_grad():
         oracles.assert_equal(fused(x), model(x))
+
+
+def test_layers_are_not_run_to_see_whether_they_suit():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    model = folded(oracles.randomize_batch_norm(net).eval(), torch.randn(8, 3, 8, 8))
+    act = model.get_submodule("2")
+    act.act_quant.skip_create_quant_tensor = True
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        oracles.assert_equal(fuse_batch_norm(model)(x), model(x))
+    meta = copy.deepcopy(model).to("meta")
+    assert not layers_of(fuse_batch_norm(meta))
+    with register_module_forward_hook(lambda *_: pytest.fail("a layer was run")):
+        assert fuse_batch_norm(model) is model
 
 
 def folded(model, x):

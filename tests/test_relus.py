@@ -158,13 +158,38 @@ def test_what_a_forward_keeps_is_no_proxy_of_its_trace():
     assert model.mask is None
 
 
+def second_view(self, h):
+    one, other = h.view(-1, 2, 4), h.view(-1, 8)
+    return F.relu_(one).flatten(1) + other
+
+
+def view_of_a_view(self, h):
+    one = h.view(-1, 2, 4)
+    return F.relu_(one[:, :1]).flatten(1).repeat(1, 2) + one.flatten(1)
+
+
+def made_before(self, h):
+    other = h.view(-1, 2, 4)
+    return F.relu_(h) + other.flatten(1)
+
+
 @pytest.mark.parametrize("middle", [
-    lambda self, h: F.relu_(h.view(-1, 2, 4)).flatten(1) + h, lambda self, h: self.relu(h.chunk(2, 1)[0]).repeat(1, 2) + h])
-def test_relus_in_place_on_a_view_of_what_is_read_again_are_refused(middle):
-    with pytest.raises(ValueError, match="in-place ReLU .* changes a view of 'a', which is read again"):
+    lambda self, h: F.relu_(h.view(-1, 2, 4)).flatten(1) + h, lambda self, h: self.relu(h.chunk(2, 1)[0]).repeat(1, 2) + h,
+    second_view, view_of_a_view, made_before])
+def test_relus_in_place_on_what_is_read_again_as_another_view_are_refused(middle):
+    with pytest.raises(ValueError, match="in-place ReLU .* changes '.*', which shares its values and is read again"):
         quantize(Net(middle, relu=nn.ReLU(inplace=True)), 4, 4)
 
 
 def test_relus_in_place_on_a_view_that_nobody_else_reads():
-    quantized = quantize(Net(lambda self, h: F.relu_(h.view(-1, 2, 4)).flatten(1)), 4, 4)
-    assert torch.isfinite(quantized(torch.randn(3, 8))).all()
+    for middle in (lambda self, h: F.relu_(h.view(-1, 2, 4)).flatten(1),
+                   lambda self, h: F.relu_(h.view(-1, 2, 4)).view(h.shape),
+                   lambda self, h: F.relu_(h.view(-1, 2, 4)).view(h.size(0), -1),
+                   lambda self, h: F.relu_(self.pool(h.unsqueeze(1))[0]).squeeze(1).repeat(1, 2)):
+        net = Net(middle, pool=nn.MaxPool1d(2, return_indices=True))
+        assert torch.isfinite(quantize(net, 4, 4)(torch.randn(3, 8))).all()
+
+
+def test_tracing_takes_no_parameters_apart():
+    """Lazy ones have no values yet; others are not copied."""
+    assert quantize(nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.Linear(4, 2)), 4, 4)[1].__class__ is qnn.QuantReLU

@@ -27,7 +27,7 @@ class GranQBase(nn.Module):
         if int_quant.signed and not self.symmetric:
             raise ValueError(f"{type(self).__name__} has asymmetric ranges and unsigned integers; signed=True is not for it")
         if int_quant.narrow_range and not int_quant.signed:
-            raise ValueError("narrow_range=True needs signed=True")
+            raise ValueError("narrow_range=True needs signed=True; with signed=False, give narrow_range=False too")
         self.bit_width = GF.check_bit_width(bit_width)
         self.int_quant = int_quant
         self.int_scaling_impl = int_scaling_impl

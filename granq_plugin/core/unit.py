@@ -1,6 +1,7 @@
 """Folded activations: stock Brevitas layers whose integers have the constant scale 1, in one kernel with what is ahead of them."""
 
 import torch
+from brevitas.core.bit_width import BitWidthConst
 from brevitas.core.quant import RescalingIntQuant
 from brevitas.core.scaling import ConstScaling
 from brevitas.core.zero_point import ZeroZeroPoint
@@ -25,11 +26,11 @@ class UnitActivation:
 
     def __init__(self, layer: QuantNonLinearActLayer) -> None:
         self.layer, proxy = layer, layer.act_quant
-        self.modules = tuple(proxy.modules())  # another state dict, or another bit width, builds new ones
+        self.state = _state(proxy)
         self.quantizer = proxy.fused_activation_quant_proxy.tensor_quant
         self.before = kernels.Before(relu=type(proxy.fused_activation_quant_proxy.activation_impl) is nn.ReLU)
-        int_quant = self.quantizer.int_quant
-        self.limits = GF.integer_limits(int(proxy.bit_width()), int_quant.signed, int_quant.narrow_range)
+        int_quant, bit_width = self.quantizer.int_quant, self.quantizer.msb_clamp_bit_width_impl()
+        self.limits = GF.integer_limits(int(bit_width), int_quant.signed, int_quant.narrow_range)
 
     @staticmethod
     def suits(layer: nn.Module) -> bool:
@@ -41,18 +42,46 @@ class UnitActivation:
                 and type(fused) is FusedActivationQuantProxy and type(fused.activation_impl) in (nn.ReLU, nn.Identity)
                 and type(quantizer) is RescalingIntQuant and type(quantizer.int_quant) is FusedIntQuant
                 and has_stock_arithmetic(quantizer.int_quant) and type(quantizer.scaling_impl) is ConstScaling
-                and type(quantizer.zero_point_impl) is ZeroZeroPoint and not any(map(has_hooks, proxy.modules()))
-                and proxy.is_quant_enabled and proxy.scale().numel() == 1 and proxy.scale().item() == 1)
+                and type(quantizer.zero_point_impl) is ZeroZeroPoint and type(quantizer.msb_clamp_bit_width_impl) is BitWidthConst
+                and not any(map(_is_changed, proxy.modules())) and proxy.is_quant_enabled and _scale_is_one(quantizer))
 
     def serves(self, x: Tensor) -> bool:
         """Whether the layer still is what it was, and a kernel may take its place for x."""
         proxy = self.layer.act_quant
         return (not (kernels.is_observed() or self.layer.return_quant_tensor or self.quantizer.observer_only
                      or proxy.cache_inference_quant_act)
-                and x.is_cpu and x.dtype == torch.float32
-                and proxy.fused_activation_quant_proxy.tensor_quant is self.quantizer and not any(map(has_hooks, self.modules)))
+                and x.is_cpu and x.dtype == torch.float32 and has_stock_arithmetic(self.quantizer.int_quant)
+                and _state(proxy) == self.state and not any(map(_is_changed, proxy.modules())))
 
     def __call__(self, x: Tensor, ahead: kernels.Ahead) -> Tensor:
         """The integers of ``ahead``'s values, as floats."""
         scale = x.new_ones([n if d == 1 else 1 for d, n in enumerate(x.shape)])  # kernels know BatchNorm per channel only
         return kernels.affine_quantize(x, scale, torch.zeros_like(scale), self.limits, 1, self.before, ahead)
+
+
+def _state(proxy: nn.Module) -> list[tuple]:
+    """Its modules and constants, which another bit width or state dict replaces, and how often these were written to."""
+    return [*((m, ) for m in proxy.modules()), *((_Same(b), b._version) for b in proxy.buffers())]
+
+
+class _Same:
+    """A tensor that equals itself alone."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other) -> bool:
+        return self.tensor is other.tensor
+
+    __hash__ = None
+
+
+def _is_changed(module: nn.Module) -> bool:
+    return has_hooks(module) or "forward" in vars(module)
+
+
+@torch.no_grad()
+def _scale_is_one(quantizer: RescalingIntQuant) -> bool:
+    bit_width = quantizer.msb_clamp_bit_width_impl()
+    scale = quantizer.scaling_impl(bit_width.new_zeros(()), quantizer.int_scaling_impl(bit_width))
+    return scale.numel() == 1 and not scale.is_meta and scale.item() == 1

@@ -106,7 +106,7 @@ def _with_stored_constants(proto):
     for node in proto.graph.node:
         if node.op_type == "Identity" and node.input[0] in constants and node.output[0] not in outputs:
             constants[node.output[0]] = constants[node.input[0]]
-        elif node.op_type != "Constant":
+        elif node.op_type != "Constant" or node.output[0] not in constants:
             stored.graph.node.append(node)
     known = {i.name for i in proto.graph.initializer}
     stored.graph.initializer.extend(numpy_helper.from_array(a, name) for name, a in constants.items() if name not in known)

@@ -147,12 +147,14 @@ def quant_limits(node, bits: int) -> tuple[int, int]:
 
 
 def constants_of(model) -> dict[str, np.ndarray]:
-    """The tensors that a graph holds: initializers, and those of Constant nodes."""
+    """The tensors of numbers that a graph holds: initializers, and those of Constant nodes."""
     from onnx import numpy_helper
     found = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
+    dtypes = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
     for node in model.graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
+        name = node.attribute[0].name if node.op_type == "Constant" else None
+        if name == "value":
             found[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
-        elif node.op_type == "Constant":
-            found[node.output[0]] = np.asarray(attribute(node, node.attribute[0].name, None))
+        elif name in dtypes:
+            found[node.output[0]] = np.asarray(attribute(node, name, None), dtypes[name])
     return found

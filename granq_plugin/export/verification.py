@@ -243,7 +243,8 @@ def _compare(name, proto, model, images, labels, batch_size, rtol, integers, pro
 
 def _relative(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """Of each sample's outputs ``[B, N]``, the largest difference, relative to the largest output that is expected."""
-    return distances(found, expected).max(1) / np.maximum(np.nan_to_num(np.abs(expected)).max(1), np.finfo(np.float32).tiny)
+    largest = np.nan_to_num(np.abs(expected), posinf=0).max(1)
+    return distances(found, expected).max(1) / np.maximum(largest, np.finfo(np.float32).tiny)
 
 
 def _are_largest(indices: np.ndarray, outputs: np.ndarray) -> np.ndarray:

@@ -81,10 +81,10 @@ def _built(dtype: torch.dtype) -> ctypes.CDLL | str:
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if not compiler:
         return "no C++ compiler was found (c++, g++ and clang++ are looked for; CXX names another)"
-    if not shutil.which(shlex.split(compiler)[0]):
-        return f"CXX={compiler} names no compiler"
     try:
-        words = shlex.split(compiler)  # CXX may bring flags
+        words = [compiler] if shutil.which(compiler) else shlex.split(compiler)  # CXX may bring flags
+        if not words or not shutil.which(words[0]):
+            return f"CXX={compiler} names no compiler"
         version = subprocess.run([*words, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
         folder = _cache_folder()
         for extra in EXTRA_FLAGS:

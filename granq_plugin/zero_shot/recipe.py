@@ -110,7 +110,7 @@ def zero_shot_qat(
     training, stack = None, ExitStack()
     try:
         teacher.eval().requires_grad_(False)
-        _check(student, teacher, config, images, evaluate_every)
+        _check(student, teacher, config, images, evaluate_every if evaluate else 1)
         directory = None
         if run_dir is not None:
             directory = stack.enter_context(RunDirectory(run_dir, config, dict(teacher=teacher, student=student), resume))
@@ -152,7 +152,7 @@ def zero_shot_qat(
 
 
 def _is_quantized(network: nn.Module) -> bool:
-    return any(isinstance(m, QuantProxyFromInjector) for m in network.modules())
+    return any(isinstance(m, QuantProxyFromInjector) and m.is_quant_enabled for m in network.modules())
 
 
 def _check(student: nn.Module, teacher: nn.Module, config: ZeroShotConfig, images: Tensor | None, evaluate_every: int) -> None:

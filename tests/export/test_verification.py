@@ -18,7 +18,7 @@ from granq_plugin.export import export_qcdq, export_qonnx, verify
 from granq_plugin.export.executors import lower_quant, open_executor
 from granq_plugin.export.files import read_onnx, set_metadata
 from granq_plugin.export.integers import distances
-from granq_plugin.export.verification import _are_largest
+from granq_plugin.export.verification import _are_largest, _relative
 from networks import images32, quantized_as
 
 
@@ -298,6 +298,7 @@ def test_distances():
     inf, nan = np.inf, np.nan
     found = distances(np.float32([1, inf, nan, 1, nan, inf, -inf]), np.float32([3, inf, nan, nan, 1, 1, inf]))
     assert found.tolist() == [2, 0, 0, inf, inf, inf, inf]
+    assert _relative(np.float32([[inf, 5, 1]]), np.float32([[inf, 4, 2]])).tolist() == [0.25]
 
 
 def test_of_equal_outputs_any_is_the_largest():

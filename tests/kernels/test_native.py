@@ -41,12 +41,12 @@ def test_forked_process(run_python):
     assert out.split() == ["0"]
 
 
-@pytest.mark.parametrize("broken", ["compiler", "flags", "folder", "shared", "home"])
+@pytest.mark.parametrize("broken", ["compiler", "flags", "folder", "shared", "home", "name", "quote"])
 def test_without_a_kernel(monkeypatch, tmp_path, broken):
     """Eager results, and a reason that can be asked for; forced, an error that gives it."""
     folder, reason = tmp_path / "cache", {
         "compiler": "no C\\+\\+ compiler", "flags": "failed", "folder": "Error", "shared": "other users",
-        "home": "home"}[broken]
+        "home": "home", "name": "CXX=/nowhere names no compiler", "quote": "No closing quotation"}[broken]
     if broken == "compiler":
         monkeypatch.setenv("PATH", str(tmp_path))
     elif broken == "flags":
@@ -57,6 +57,8 @@ def test_without_a_kernel(monkeypatch, tmp_path, broken):
         (folder / "granq-plugin").mkdir(parents=True)
         (folder / "granq-plugin").chmod(0o777)
     monkeypatch.delenv("CXX", raising=False)
+    if broken in ("name", "quote"):
+        monkeypatch.setenv("CXX", {"name": "/nowhere", "quote": '"g++'}[broken])
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     if broken == "home":  # as Path.home says it
         monkeypatch.delenv("XDG_CACHE_HOME")
