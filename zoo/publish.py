@@ -113,8 +113,8 @@ def _folder(zoo_dir: str | Path | None) -> Path:
 
 
 def write_entry(entry: Entry, zoo_dir: str | Path | None = None, *, overwrite: bool = False) -> list[Path]:
-    """Write an entry's files; returns them. All are written before the first takes its name, the card takes its name last: a full disk
-    leaves everything as it was.
+    """Write an entry's files; returns them. All are written before the first takes its name, the card last: a full disk leaves
+    everything as it was.
 
     Raises:
         ValueError: if the zoo has an entry of that name with weights, unless ``overwrite``. OSError: if a file cannot be written.

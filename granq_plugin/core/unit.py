@@ -26,7 +26,8 @@ class UnitActivation:
 
     def __init__(self, layer: QuantNonLinearActLayer) -> None:
         self.layer, proxy = layer, layer.act_quant
-        self.state = _state(proxy)
+        self.modules, self.buffers = tuple(proxy.modules()), tuple(proxy.buffers())  # kept, so that ids are not used again
+        self.state = _state(self.modules)
         self.quantizer = proxy.fused_activation_quant_proxy.tensor_quant
         self.before = kernels.Before(relu=type(proxy.fused_activation_quant_proxy.activation_impl) is nn.ReLU)
         int_quant, bit_width = self.quantizer.int_quant, self.quantizer.msb_clamp_bit_width_impl()
@@ -51,7 +52,7 @@ class UnitActivation:
         return (not (kernels.is_observed() or self.layer.return_quant_tensor or self.quantizer.observer_only
                      or proxy.cache_inference_quant_act)
                 and x.is_cpu and x.dtype == torch.float32 and has_stock_arithmetic(self.quantizer.int_quant)
-                and _state(proxy) == self.state and not any(map(_is_changed, proxy.modules())))
+                and _state(self.modules) == self.state and not any(map(_is_changed, self.modules)))
 
     def __call__(self, x: Tensor, ahead: kernels.Ahead) -> Tensor:
         """The integers of ``ahead``'s values, as floats."""
@@ -59,21 +60,11 @@ class UnitActivation:
         return kernels.affine_quantize(x, scale, torch.zeros_like(scale), self.limits, 1, self.before, ahead)
 
 
-def _state(proxy: nn.Module) -> list[tuple]:
-    """Its modules and constants, which another bit width or state dict replaces, and how often these were written to."""
-    return [*((m, ) for m in proxy.modules()), *((_Same(b), b._version) for b in proxy.buffers())]
-
-
-class _Same:
-    """A tensor that equals itself alone."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    def __eq__(self, other) -> bool:
-        return self.tensor is other.tensor
-
-    __hash__ = None
+def _state(modules: tuple[nn.Module, ...]) -> list[list]:
+    """Their parts, which another bit width or state dict replaces, and how often the constants among them were written to."""
+    def constants(module: nn.Module) -> list[tuple]:
+        return [(id(b), 0 if b.is_inference() else b._version) for b in module._buffers.values() if b is not None]
+    return [[*map(id, m._modules.values()), *constants(m)] for m in modules]
 
 
 def _is_changed(module: nn.Module) -> bool:
