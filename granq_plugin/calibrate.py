@@ -1,7 +1,7 @@
 """From dynamic to static ranges: :func:`to_static`."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -58,8 +58,12 @@ def to_static(
     check_quantizer("act_quant", act_quant, GranQStaticActProxy)
     check_module(model)
     model = model if inplace else copy_model(model)
-    dynamic: list[tuple[nn.Module, str, nn.Module]] = []
-    modes: dict[nn.Module, bool] = {}
+    dynamic = _swap_dynamic_proxies(model, act_quant)
+    if not dynamic:
+        raise ValueError("model has no dynamic GranQ activation quantizer (GranQActPerChannel) to make static")
+    new = {m for layer, attribute, _ in dynamic for m in getattr(layer, attribute).modules()}
+    collectors = {name: m for name, m in model.named_modules() if isinstance(m, CollectedRange) and m in new}
+    modes = {m: m.training for m in model.modules()}
     like = next(model.parameters(), torch.empty(0))
 
     def first_element(model, batch):
@@ -68,14 +72,8 @@ def to_static(
             model(x.to(like.device, like.dtype if x.is_floating_point() else x.dtype))
 
     batches = 0
+    model.eval()
     try:
-        dynamic.extend(_swap_dynamic_proxies(model, act_quant))
-        if not dynamic:
-            raise ValueError("model has no dynamic GranQ activation quantizer (GranQActPerChannel) to make static")
-        new = {m for layer, attribute, _ in dynamic for m in getattr(layer, attribute).modules()}
-        collectors = {name: m for name, m in model.named_modules() if isinstance(m, CollectedRange) and m in new}
-        modes = {m: m.training for m in model.modules()}
-        model.eval()
         try:
             with torch.no_grad(), calibration_mode(model):
                 for batch in calibration_batches:
@@ -109,13 +107,13 @@ def _input_of(batch) -> Tensor:
     return x
 
 
-def _swap_dynamic_proxies(model: nn.Module, act_quant) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def _swap_dynamic_proxies(model: nn.Module, act_quant) -> list[tuple[nn.Module, str, nn.Module]]:
     """Rebuild every dynamic proxy as a static one; layers that share a proxy share the new one.
 
-    Yields:
+    Returns:
         ``(layer, attribute, dynamic proxy)`` for each that was replaced.
     """
-    swapped = {}
+    swapped, places = {}, []
     for module in list(model.modules()):
         for attribute, proxy in list(module.named_children()):
             if not isinstance(proxy, GranQDynamicActProxy):
@@ -124,8 +122,10 @@ def _swap_dynamic_proxies(model: nn.Module, act_quant) -> Iterator[tuple[nn.Modu
                 swapped[proxy].add_tracked_module(module)
             else:
                 swapped[proxy] = _static_proxy(module, proxy, act_quant)
-            setattr(module, attribute, swapped[proxy])
-            yield module, attribute, proxy
+            places.append((module, attribute, proxy))
+    for module, attribute, proxy in places:  # all are built: nothing can fail half-way
+        setattr(module, attribute, swapped[proxy])
+    return places
 
 
 def _static_proxy(layer: nn.Module, proxy: GranQDynamicActProxy, act_quant):

@@ -15,11 +15,10 @@ from brevitas.nn.mixin.base import QuantLayerMixin
 from brevitas.nn.quant_layer import QuantNonLinearActLayer
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_map
 
-from granq_plugin.core.proxy import FusedActivation, GranQActProxy, has_hooks
+from granq_plugin.core.proxy import FusedActivation, GranQActProxy, is_watched
 from granq_plugin.core.unit import UnitActivation
 from granq_plugin.kernels import Ahead, is_observed
 from granq_plugin.modules import check_module
@@ -71,7 +70,7 @@ class BatchNormAct(nn.Module):
                 and proxy.is_quant_enabled and not (proxy.export_mode or act.export_mode) and not act.input_quant.is_quant_enabled
                 and (isinstance(proxy, GranQActProxy) and proxy.fused_activation_quant_proxy.fuses() if self.unit is None
                      else self.unit.serves(x))
-                and not _is_watched(norm, act, act.input_quant, proxy, proxy.fused_activation_quant_proxy))
+                and not is_watched(norm, act, act.input_quant, proxy, proxy.fused_activation_quant_proxy))
 
 
 class FusedModel(nn.Module):
@@ -96,7 +95,7 @@ class FusedModel(nn.Module):
         self._traced = self._state()
 
     def forward(self, *args, **kwargs):
-        if (torch.compiler.is_compiling() or kwargs or len(args) != self._required or _is_watched(*self._flattened)
+        if (torch.compiler.is_compiling() or kwargs or len(args) != self._required or is_watched(*self._flattened)
                 or self._state() != self._traced):
             return self.model(*args, **kwargs)
         if self._untried:
@@ -110,7 +109,7 @@ class FusedModel(nn.Module):
 
     def _try(self, args: tuple) -> None:
         """Compare trace and model, unless somebody looks, who would see calls that are none."""
-        if (_is_watched(*self.model.modules()) or is_observed()
+        if (is_watched(*self.model.modules()) or is_observed()
                 or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())):
             return
         with _TRYING:
@@ -143,7 +142,7 @@ def fuse_batch_norm(model: nn.Module) -> nn.Module:
         True
     """
     check_module(model)
-    if _is_watched(*flattened(model, _LEAVES)) or not any(map(_is_act, model.modules())):  # hooks would run as it is traced
+    if is_watched(*flattened(model, _LEAVES)) or not any(map(_is_act, model.modules())):  # hooks would run as it is traced
         return model
     graph = _traced(model)
     if graph is None:
@@ -202,11 +201,6 @@ def _random_numbers_kept() -> Iterator[Callable[[], bool]]:
     finally:
         random.setstate(before[0])
         np.random.set_state(of_numpy)  # noqa: NPY002
-
-
-def _is_watched(*modules: nn.Module) -> bool:
-    """Whether somebody sees what goes through modules: by hooks, or forwards put into their place."""
-    return _has_any_global_hook() or any(has_hooks(m) or "forward" in vars(m) for m in modules)
 
 
 def _is_act(module: nn.Module) -> bool:

@@ -56,9 +56,9 @@ def get_card(name: str | Path, zoo_dir: str | Path | None = None) -> Card:
     if name.endswith(".toml"):
         path = existing_file(name, "card file")
         return Card.from_toml(path.stem, read_text(path))
-    names = list_models("*", zoo_dir)
     if ":" in name:
         raise ValueError(f"{name!r} is no zoo entry: module:function is for granq evaluate, qat and train-teacher")
+    names = list_models("*", zoo_dir)
     if name not in names:
         near = difflib.get_close_matches(name, names, cutoff=0.3)
         words = f"did you mean: {', '.join(near)}" if near else f"granq zoo list (zoo.list_models()) shows all {len(names)}"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from granq_plugin.cli.options import BitWidth, complete_names, input_errors, open_device
+from granq_plugin.cli.options import BitWidth, complete_names, dataset_option, input_errors, open_device
 from zoo.quantization import WEIGHT_REGIMES
 
 __all__ = ["evaluate"]
@@ -28,7 +28,7 @@ __all__ = ["evaluate"]
               help="Evaluate on N of the test images, drawn with a fixed seed  [default: all].")
 @click.option("--weights", type=click.Path(path_type=Path), metavar="FILE",
               help="Float weights: .safetensors or a torch state dict  [default: those that the zoo ships].")
-@click.option("--dataset", metavar="NAME", help="For module:function: the data set (cifar10, cifar100, digits, imagenet).")
+@dataset_option
 @click.option("--batch-size", type=click.IntRange(min=1), default=250, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="torch device, e.g. cuda.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's].")

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 __all__ = [
-    "BitWidth", "advance", "complete_names", "complete_presets", "help_config", "input_errors", "join_ranks", "open_device",
-    "presets_text", "settings_from"]
+    "BitWidth", "advance", "complete_names", "complete_presets", "dataset_option", "help_config", "input_errors", "join_ranks",
+    "open_device", "presets_text", "settings_from"]
 
 _EXTRAS = dict(hls4ml="hls", tensorboard="tensorboard") | dict.fromkeys(
     ("matplotlib", "safetensors", "sklearn", "torchvision"), "zoo") | dict.fromkeys(
@@ -50,6 +50,10 @@ def _is_memory(e: Exception) -> bool:
 def _one_line(e: Exception) -> str:
     words = " ".join(str(e).split())
     return words if len(words) <= MOST_WORDS else f"{words[:MOST_WORDS // 2]} ... {words[-MOST_WORDS // 2:]}"
+
+
+dataset_option = click.option(
+    "--dataset", metavar="NAME", help="For module:function: the data set (cifar10, cifar100, digits, imagenet).")
 
 
 def help_config(text):

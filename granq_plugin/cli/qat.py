@@ -10,6 +10,7 @@ from granq_plugin.cli.options import (
     advance,
     complete_names,
     complete_presets,
+    dataset_option,
     help_config,
     input_errors,
     join_ranks,
@@ -33,7 +34,7 @@ def _settings_text() -> str:
               help="Folder for everything that the run leaves; a new one, or with --resume that of the same run.")
 @click.option("--weights", type=click.Path(path_type=Path), metavar="FILE",
               help="The float teacher's weights: .safetensors or a torch state dict  [default: those that the zoo ships].")
-@click.option("--dataset", metavar="NAME", help="For module:function: the data set (cifar10, cifar100, digits, imagenet).")
+@dataset_option
 @click.option("--weight-bits", type=BitWidth(), default=4, show_default=True, help="Bit width of the weights, 1 to 16.")
 @click.option("--act-bits", type=BitWidth(), default=4, show_default=True, help="Bit width of the activations, 1 to 16.")
 @click.option("--activations", type=click.Choice(ACTIVATIONS), default="dynamic", show_default=True,

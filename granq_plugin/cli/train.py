@@ -5,7 +5,16 @@ from pathlib import Path
 
 import click
 
-from granq_plugin.cli.options import advance, complete_names, help_config, input_errors, open_device, presets_text, settings_from
+from granq_plugin.cli.options import (
+    advance,
+    complete_names,
+    dataset_option,
+    help_config,
+    input_errors,
+    open_device,
+    presets_text,
+    settings_from,
+)
 
 __all__ = ["train_teacher"]
 
@@ -17,7 +26,7 @@ def _settings_text() -> str:
 
 @click.command("train-teacher")
 @click.argument("name", shell_complete=complete_names(float_only=True))
-@click.option("--dataset", metavar="NAME", help="For module:function: the data set (cifar10, cifar100, digits, imagenet).")
+@dataset_option
 @click.option("--data", type=click.Path(path_type=Path), metavar="DIR", envvar="GRANQ_DATA", show_envvar=True,
               help="Folder with the training images, and the test images for the accuracy at the end; the digits need none.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="RUN_DIR", required=True,

@@ -9,12 +9,13 @@ from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInject
 from brevitas.proxy.runtime_quant import DynamicActQuantProxyFromInjector
 from brevitas.quant_tensor import QuantTensor
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from granq_plugin.core.quant_tensor import PerChannelQuantTensor
 from granq_plugin.kernels import Ahead
 
 __all__ = ["FusedActivation", "GranQActProxy", "GranQDynamicActProxy", "GranQStaticActProxy", "GranQPerKernelWeightProxy",
-           "GranQWeightProxy", "has_hooks"]
+           "GranQWeightProxy", "has_hooks", "is_watched"]
 
 
 _ON_THE_WAY = threading.local()
@@ -59,6 +60,11 @@ class FusedActivation(nn.Module):
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody looks at what goes into a module or comes out of it."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def is_watched(*modules: nn.Module) -> bool:
+    """Whether somebody sees what goes through modules: by hooks, or forwards put into their place."""
+    return _has_any_global_hook() or any(has_hooks(m) or "forward" in vars(m) for m in modules)
 
 
 class GranQActProxy(ActQuantProxyFromInjector):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from granq_plugin import functional as GF
 from granq_plugin import kernels
 from granq_plugin.core.int_quant import FusedIntQuant, has_stock_arithmetic
-from granq_plugin.core.proxy import has_hooks
+from granq_plugin.core.proxy import is_watched
 
 __all__ = ["UnitActivation"]
 
@@ -44,15 +44,14 @@ class UnitActivation:
                 and type(quantizer) is RescalingIntQuant and type(quantizer.int_quant) is FusedIntQuant
                 and has_stock_arithmetic(quantizer.int_quant) and type(quantizer.scaling_impl) is ConstScaling
                 and type(quantizer.zero_point_impl) is ZeroZeroPoint and type(quantizer.msb_clamp_bit_width_impl) is BitWidthConst
-                and not any(map(_is_changed, proxy.modules())) and proxy.is_quant_enabled and _scale_is_one(quantizer))
+                and not is_watched(*proxy.modules()) and proxy.is_quant_enabled and _scale_is_one(quantizer))
 
     def serves(self, x: Tensor) -> bool:
         """Whether the layer still is what it was, and a kernel may take its place for x."""
         proxy = self.layer.act_quant
         return (not (kernels.is_observed() or self.layer.return_quant_tensor or self.quantizer.observer_only
                      or proxy.cache_inference_quant_act)
-                and x.is_cpu and x.dtype == torch.float32 and has_stock_arithmetic(self.quantizer.int_quant)
-                and _state(self.modules) == self.state and not any(map(_is_changed, self.modules)))
+                and x.is_cpu and x.dtype == torch.float32 and _state(self.modules) == self.state and not is_watched(*self.modules))
 
     def __call__(self, x: Tensor, ahead: kernels.Ahead) -> Tensor:
         """The integers of ``ahead``'s values, as floats."""
@@ -65,10 +64,6 @@ def _state(modules: tuple[nn.Module, ...]) -> list[list]:
     def constants(module: nn.Module) -> list[tuple]:
         return [(id(b), 0 if b.is_inference() else b._version) for b in module._buffers.values() if b is not None]
     return [[*map(id, m._modules.values()), *constants(m)] for m in modules]
-
-
-def _is_changed(module: nn.Module) -> bool:
-    return has_hooks(module) or "forward" in vars(module)
 
 
 @torch.no_grad()

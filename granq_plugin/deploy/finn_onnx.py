@@ -5,7 +5,7 @@ import os
 import numpy as np
 
 from granq_plugin.deploy.finn import Op, Quant
-from granq_plugin.export.files import check_contents
+from granq_plugin.export.files import check_contents, constants_of
 from granq_plugin.reading import existing_file, reason_of
 
 __all__ = ["read_onnx"]
@@ -29,7 +29,7 @@ def read_onnx(model) -> list[Op]:
     """
     if isinstance(model, (str, os.PathLike)):
         model = _load(os.fspath(model))
-    return _Reader(model.graph).read()
+    return _Reader(model).read()
 
 
 def _load(path: str):
@@ -50,11 +50,8 @@ def _load(path: str):
 
 class _Reader:
 
-    def __init__(self, graph) -> None:
-        from onnx import numpy_helper
-        self.graph = graph
-        self.constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
-        self.to_array = numpy_helper.to_array
+    def __init__(self, model) -> None:
+        self.graph, self.constants = model.graph, constants_of(model)
         self.weights: dict[str, Quant] = {}  # tensor name -> quantizer of a constant
         self.ops: dict[str, Op] = {}  # tensor name -> the node that gives it
 
@@ -81,8 +78,6 @@ class _Reader:
         inputs = [self.ops[i] for i in node.input if i in self.ops]
         name, kind = node.name or node.output[0], node.op_type
         if node.op_type == "Constant":
-            value = attributes.get("value", attributes.get("value_float", attributes.get("value_int")))
-            self.constants[node.output[0]] = self.to_array(value) if hasattr(value, "dims") else np.asarray(value)
             return None
         if node.op_type in ("Quant", "IntQuant", "BipolarQuant"):
             quant = self._quant(node, attributes)

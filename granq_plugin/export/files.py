@@ -148,13 +148,13 @@ def quant_limits(node, bits: int) -> tuple[int, int]:
 
 def constants_of(model) -> dict[str, np.ndarray]:
     """The tensors of numbers that a graph holds: initializers, and those of Constant nodes."""
-    from onnx import numpy_helper
+    from onnx import helper, numpy_helper
     found = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
     dtypes = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
     for node in model.graph.node:
-        name = node.attribute[0].name if node.op_type == "Constant" else None
-        if name == "value":
-            found[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
-        elif name in dtypes:
-            found[node.output[0]] = np.asarray(attribute(node, name, None), dtypes[name])
+        for a in node.attribute if node.op_type == "Constant" else ():
+            if a.name == "value":
+                found[node.output[0]] = numpy_helper.to_array(a.t)
+            elif a.name in dtypes:
+                found[node.output[0]] = np.asarray(helper.get_attribute_value(a), dtypes[a.name])
     return found

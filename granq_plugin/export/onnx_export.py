@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from brevitas.proxy.quant_proxy import QuantProxyFromInjector
 from brevitas.quant_tensor import QuantTensor
 from torch import Tensor, nn
 
 from granq_plugin.atomic import atomic_path
 from granq_plugin.export.describe import describe
 from granq_plugin.export.files import set_metadata
-from granq_plugin.modules import check_module, copy_model
+from granq_plugin.modules import check_module, copy_model, is_quantized
 
 __all__ = ["export_qcdq", "export_qonnx", "to_onnx"]
 
@@ -159,7 +158,7 @@ def _checked_inputs(example_input) -> tuple[Tensor, ...]:
 
 def _check_model(model) -> None:
     check_module(model)
-    if not any(isinstance(m, QuantProxyFromInjector) and m.is_quant_enabled for m in model.modules()):
+    if not is_quantized(model):
         raise ValueError("model has no Brevitas quantizer: quantize it first (granq_plugin.quantize)")
     dtype = next((t.dtype for t in model.parameters() if t.is_floating_point() and t.dtype != torch.float32), None)
     if dtype is not None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from granq_plugin.export.files import attribute, quant_limits
+from granq_plugin.export.files import attribute, constants_of, quant_limits
 
 __all__ = ["RoundingBounds", "U", "Unbounded"]
 
@@ -38,10 +38,9 @@ class RoundingBounds:
     """
 
     def __init__(self, model) -> None:
-        from onnx import numpy_helper
         self.opsets = {o.domain: o.version for o in model.opset_import}
         self.producer = {output: n for n in model.graph.node for output in n.output}
-        self.constants = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
+        self.constants = constants_of(model)
 
     def __call__(self, tensor: str, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """``(value, bound)`` of a tensor, in float64: what exact arithmetic gives, and how far float32 can be from it (infinite for

@@ -220,7 +220,8 @@ def _compare(name, proto, model, images, labels, batch_size, rtol, integers, pro
             exact, close, top1 = exact + int(same.sum()), close + int(same.sum()), top1 + int(same.sum())
             choice = found[:, 0].astype(np.int64)
         else:
-            difference, relative = distances(found, flat), _relative(found, flat)
+            difference = distances(found, flat)
+            relative = _relative(difference, flat)
             max_abs, max_rel = max(max_abs, float(difference.max())), max(max_rel, float(relative.max()))
             exact += int((difference == 0).all(1).sum())
             close += int((relative <= rtol).sum())
@@ -241,10 +242,10 @@ def _compare(name, proto, model, images, labels, batch_size, rtol, integers, pro
         None if cut_integers is None else tuple(cut_integers))
 
 
-def _relative(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+def _relative(difference: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """Of each sample's outputs ``[B, N]``, the largest difference, relative to the largest output that is expected."""
     largest = np.nan_to_num(np.abs(expected), posinf=0).max(1)
-    return distances(found, expected).max(1) / np.maximum(largest, np.finfo(np.float32).tiny)
+    return difference.max(1) / np.maximum(largest, np.finfo(np.float32).tiny)
 
 
 def _are_largest(indices: np.ndarray, outputs: np.ndarray) -> np.ndarray:
@@ -295,6 +296,6 @@ class _IntegerRun:
         error = 0.0
         if expected is not None:
             flat, found = expected.reshape(len(x), -1), np.asarray(outputs[self.output]).reshape(len(x), -1)
-            error = float(_relative(found, flat).max())
+            error = float(_relative(distances(found, flat), flat).max())
         self.tally.add(inputs, records, [integers_of(q, outputs) for q in self.quantizers], error)
         return ""

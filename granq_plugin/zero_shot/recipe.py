@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from brevitas.proxy.quant_proxy import QuantProxyFromInjector
 from torch import Tensor, nn
 
-from granq_plugin.modules import check_module
+from granq_plugin.modules import check_module, is_quantized
 from granq_plugin.zero_shot import parallel
 from granq_plugin.zero_shot.config import ZeroShotConfig
 from granq_plugin.zero_shot.generator import Generator
@@ -105,12 +104,14 @@ def zero_shot_qat(
     """
     for network in (student, teacher):
         check_module(network)
+    if evaluate and evaluate_every < 1:
+        raise ValueError(f"evaluate_every must be at least 1, got {evaluate_every!r}")
     modes = {m: m.training for m in teacher.modules()}
     trainable = {p: p.requires_grad for p in teacher.parameters()}
     training, stack = None, ExitStack()
     try:
         teacher.eval().requires_grad_(False)
-        _check(student, teacher, config, images, evaluate_every if evaluate else 1)
+        _check(student, teacher, config, images)
         directory = None
         if run_dir is not None:
             directory = stack.enter_context(RunDirectory(run_dir, config, dict(teacher=teacher, student=student), resume))
@@ -151,20 +152,14 @@ def zero_shot_qat(
     return ZeroShotResult(student, training.generator, training.metrics, training.memory.images())
 
 
-def _is_quantized(network: nn.Module) -> bool:
-    return any(isinstance(m, QuantProxyFromInjector) and m.is_quant_enabled for m in network.modules())
-
-
-def _check(student: nn.Module, teacher: nn.Module, config: ZeroShotConfig, images: Tensor | None, evaluate_every: int) -> None:
+def _check(student: nn.Module, teacher: nn.Module, config: ZeroShotConfig, images: Tensor | None) -> None:
     """Raise for what cannot be trained, before anything is."""
     if not isinstance(config, ZeroShotConfig):
         raise TypeError(f"config must be a ZeroShotConfig, got {type(config).__name__}")
-    if evaluate_every < 1:
-        raise ValueError(f"evaluate_every must be at least 1, got {evaluate_every!r}")
-    if not _is_quantized(student) or _is_quantized(teacher):
-        raise ValueError("the first network is the quantized student, the second its float teacher; here "
-                         f"{'the second' if _is_quantized(teacher) else 'the first'} has "
-                         f"{'' if _is_quantized(teacher) else 'no '}Brevitas quantizers")
+    for network, expected, found in ((teacher, False, "the second has"), (student, True, "the first has no")):
+        if is_quantized(network) != expected:
+            raise ValueError("the first network is the quantized student, the second its float teacher; here "
+                             f"{found} Brevitas quantizers")
     shared = {p.data_ptr() for p in teacher.parameters()} & {p.data_ptr() for p in student.parameters() if p.numel()}
     if shared:
         raise ValueError("student and teacher share parameters: quantize a copy of the teacher (inplace=False)")
