@@ -3,6 +3,8 @@
 Results are those of :func:`granq_plugin.functional.affine_quantize` bit for bit; see :mod:`~granq_plugin.kernels.triton_math`.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from granq_plugin.kernels import gradients
 from granq_plugin.kernels.layout import Ahead, Before, Layout
+from granq_plugin.kernels.triton_launch import Launch
 from granq_plugin.kernels.triton_math import (
     _largest,
     _least,
@@ -74,7 +77,7 @@ def _frozen_backward(
     tl.store(out_ptr + address, _stored(out, out_ptr.dtype.element_ty), mask=inside)
 
 
-def _launch(layout: Layout) -> tuple[tuple[int, int], tuple[int, int, int], dict]:
+def _sizes(layout: Layout) -> tuple[tuple[int, int], tuple[int, int, int], dict]:
     """Grid, ``(rows, columns, channels)`` and the constants of a layout; memory is ``[rows, columns]``. A channel has columns, one
     (channels_last) or as many as begin where wide loads may not, or rows."""
     samples, outer, channels, inner = layout[:4]
@@ -90,23 +93,36 @@ def _launch(layout: Layout) -> tuple[tuple[int, int], tuple[int, int, int], dict
         INNER=inner if by_column else 0, ROWS=tile_rows, BLOCK=block, num_warps=8 if block > 2048 else 4, enable_fp_fusion=False)
 
 
+@lru_cache(maxsize=1024)
+def _forward_launch(layout: Layout, dtype: torch.dtype, device: torch.device, limits: tuple[int, int], before: Before, norm: int,
+                    eps: float, needs_mask: bool) -> Launch:
+    """Of ``x, y, mask, scale, zero_point``, and what :func:`norm_arguments` gives; for tensors of that dtype and device."""
+    _, *edges = before.limits(dtype)
+    grid, sizes, constants = _sizes(layout)
+    return Launch(_frozen, grid, (eps, *sizes, *map(float, limits), *edges), constants | dict(
+        NORM=norm, CLAMP=clamp_kind(before), MASK=needs_mask))
+
+
+@lru_cache(maxsize=1024)
+def _backward_launch(layout: Layout, dtype: torch.dtype, device: torch.device) -> Launch:
+    """Of ``grad, out, mask, scale``."""
+    grid, sizes, constants = _sizes(layout)
+    return Launch(_frozen_backward, grid, sizes, constants)
+
+
 def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int], layout: Layout, before: Before,
              ahead: Ahead | None, needs_mask: bool) -> tuple[Tensor, Tensor | None]:
-    y = torch.empty_like(x)
-    mask = torch.empty_like(x, dtype=torch.bool) if needs_mask else None
-    _, *edges = before.limits(x.dtype)
-    grid, sizes, constants = _launch(layout)
-    norm, norms = norm_arguments(x, ahead)
-    _frozen[grid](x, y, mask.view(torch.int8) if needs_mask else x, scale, zero_point, *norms, *sizes, *map(float, limits), *edges,
-                  NORM=norm, CLAMP=clamp_kind(before), MASK=needs_mask, **constants)
+    y, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool) if needs_mask else None
+    norm, norms, eps = norm_arguments(x, ahead)
+    launch = _forward_launch(layout, x.dtype, x.device, limits, before, norm, eps, needs_mask)
+    launch(x, y, mask.view(torch.int8) if needs_mask else x, scale, zero_point, *norms)
     return y, mask
 
 
 def _masked(grad: Tensor, mask: Tensor, scale: Tensor, layout: Layout) -> Tensor:
     grad = grad.contiguous(memory_format=layout.memory_format)
     out = torch.empty_like(grad)
-    grid, sizes, constants = _launch(layout)
-    _frozen_backward[grid](grad, out, mask.view(torch.int8), scale, *sizes, **constants)
+    _backward_launch(layout, grad.dtype, grad.device)(grad, out, mask.view(torch.int8), scale)
     return out
 
 

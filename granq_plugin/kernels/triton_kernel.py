@@ -7,7 +7,7 @@ it: with ``TRITON_INTERPRET=1`` it runs on CPU tensors. Results are those of :fu
 """
 
 import os
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from granq_plugin.functional import GranQResult
 from granq_plugin.kernels import gradients, triton_short, triton_split
 from granq_plugin.kernels.layout import Ahead, Before, Layout
+from granq_plugin.kernels.triton_launch import Launch
 from granq_plugin.kernels.triton_math import (
     _ends,
     _norm_of,
@@ -126,36 +127,40 @@ def _chip(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, shared_memory
 
 
-def _forward(x: Tensor, bit_width: int, layout: Layout, before: Before, ahead: Ahead | None, needs_mask: bool):
+@lru_cache(maxsize=1024)
+def _launch(layout: Layout, dtype: torch.dtype, device: torch.device, bit_width: int, before: Before, norm: int, eps: float,
+            needs_mask: bool) -> Launch:
+    """Of ``x, y, mask, scale, zero_point``, and what :func:`norm_arguments` gives."""
     samples, outer, channels, inner = layout[:4]
-    y = torch.empty_like(x)
-    mask = torch.empty_like(x, dtype=torch.bool) if needs_mask else None
-    scale, zero_point = (torch.empty(layout.scale_shape, dtype=torch.float32, device=x.device) for _ in range(2))
     n = outer * inner
-    _, *limits, nan_passes = before.limits(x.dtype)
-    norm, norms = norm_arguments(x, ahead)
-    tensors = x, y, mask.view(torch.int8) if needs_mask else x, scale, zero_point, *norms
-    numbers = *level_arguments(bit_width), *limits, torch.finfo(x.dtype).max, nan_passes
+    _, *limits, nan_passes = before.limits(dtype)
+    numbers = *level_arguments(bit_width), *limits, torch.finfo(dtype).max, nan_passes
     constants = dict(
-        NORM=norm, CLAMP=clamp_kind(before), MASK=needs_mask, NARROW=x.dtype != torch.float32,
+        NORM=norm, CLAMP=clamp_kind(before), MASK=needs_mask, NARROW=dtype != torch.float32,
         FAST=int(os.environ.get("TRITON_INTERPRET") != "1"),  # which does not fuse what is to be fused
         enable_fp_fusion=False)
     if outer == 1 and triton_short.suits(n):
-        triton_short.launch(tensors, samples, channels, n, numbers, constants)
-        return y, scale, zero_point, mask
+        return triton_short.launch(samples, channels, n, eps, numbers, constants)
     geometry = channels, inner, outer * channels * inner, channels if inner == 1 and outer > 1 else 1, n
-    processors, shared_memory = _chip(x.device)
-    tile = _tile(layout, x.element_size(), 1 + (norm == 2), shared_memory)
+    processors, shared_memory = _chip(device)
+    tile = _tile(layout, dtype.itemsize, 1 + (norm == 2), shared_memory)
     if tile is None:
-        triton_split.launch(tensors, samples, geometry, numbers, constants)
-    else:
-        tiles = triton.cdiv(channels, tile.rows)
-        total = samples * tiles
-        programs = total if tile.stages == 1 else min(total, processors)
-        _granq[(programs, )](
-            *tensors, *geometry, tiles, *numbers, total, programs, **constants, ROWS=tile.rows, BLOCK=tile.block,
-            EVEN=n % tile.block == 0 and channels % tile.rows == 0, STAGES=tile.stages, num_warps=tile.warps,
-            num_stages=tile.stages)
+        return triton_split.launch(samples, geometry, eps, numbers, constants)
+    tiles = triton.cdiv(channels, tile.rows)
+    total = samples * tiles
+    programs = total if tile.stages == 1 else min(total, processors)
+    return Launch(_granq, (programs, ), (eps, *geometry, tiles, *numbers, total, programs), constants | dict(
+        ROWS=tile.rows, BLOCK=tile.block, EVEN=n % tile.block == 0 and channels % tile.rows == 0, STAGES=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages))
+
+
+def _forward(x: Tensor, bit_width: int, layout: Layout, before: Before, ahead: Ahead | None, needs_mask: bool):
+    y, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool) if needs_mask else None
+    scale = torch.empty(layout.scale_shape, dtype=torch.float32, device=x.device)
+    zero_point = torch.empty_like(scale)
+    norm, norms, eps = norm_arguments(x, ahead)
+    launch = _launch(layout, x.dtype, x.device, bit_width, before, norm, eps, needs_mask)
+    launch(x, y, mask.view(torch.int8) if needs_mask else x, scale, zero_point, *norms)
     return y, scale, zero_point, mask
 
 

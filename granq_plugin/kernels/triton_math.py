@@ -166,13 +166,13 @@ def clamp_kind(before: Before) -> int:
     return 1 if before == Before(relu=True) else 2 if before != Before() else 0
 
 
-def norm_arguments(x: Tensor, ahead: Ahead | None) -> tuple[int, tuple]:
-    """NORM of the kernels, and their arguments from mean_ptr to eps."""
+def norm_arguments(x: Tensor, ahead: Ahead | None) -> tuple[int, tuple[Tensor, ...], float]:
+    """NORM of the kernels, their arguments from mean_ptr to residual_ptr, and eps."""
     if ahead is None:
-        return 0, (x, ) * 5 + (0.0, )
+        return 0, (x, x, x, x, x), 0.0
     weight, bias = (t if t is not None else torch.full_like(ahead.mean, v) for t, v in ((ahead.weight, 1.0), (ahead.bias, 0.0)))
     residual = x if ahead.residual is None else ahead.residual
-    return 1 if ahead.residual is None else 2, (ahead.mean, ahead.var, weight, bias, residual, ahead.eps)
+    return 1 if ahead.residual is None else 2, (ahead.mean, ahead.var, weight, bias, residual), ahead.eps
 
 
 def level_arguments(bit_width: int) -> tuple[float, float, float]:

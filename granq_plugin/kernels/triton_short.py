@@ -7,6 +7,7 @@ range, and a table of ranges says what a value's is.
 import triton
 import triton.language as tl
 
+from granq_plugin.kernels.triton_launch import Launch
 from granq_plugin.kernels.triton_math import _norm_of, _quantized, _range_of, _stored, _values, _wider
 
 __all__ = ["launch", "suits"]
@@ -54,10 +55,10 @@ def suits(n: int) -> bool:
     return 1 < n <= _LONGEST and n % 16 != 0
 
 
-def launch(tensors: tuple, samples: int, channels: int, n: int, numbers: tuple, constants: dict) -> None:
-    """Of contiguous rows; ``tensors``, ``numbers`` and ``constants`` are those of ``triton_kernel._granq``."""
+def launch(samples: int, channels: int, n: int, eps: float, numbers: tuple, constants: dict) -> Launch:
+    """For contiguous rows; its tensors, ``numbers`` and ``constants`` are those of ``triton_kernel._granq``."""
     block = triton.next_power_of_2(n)
     count = samples * channels
     rows = min(_TILE // block, triton.next_power_of_2(count))
-    _granq_short[(triton.cdiv(count, rows), )](
-        *tensors, channels, count, *numbers, **constants, EVEN=count % rows == 0, N=n, ROWS=rows, BLOCK=block, num_warps=2)
+    return Launch(_granq_short, (triton.cdiv(count, rows), ), (eps, channels, count, *numbers), constants | dict(
+        EVEN=count % rows == 0, N=n, ROWS=rows, BLOCK=block, num_warps=2))

@@ -6,10 +6,14 @@ has begun, so that nobody waits for ever (as in Merrill and Garland, "Single-pas
 2016).
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from granq_plugin.kernels.triton_launch import Launch
 from granq_plugin.kernels.triton_math import _ends, _norm_of, _places, _quantized, _range_of, _stored, _values
 
 __all__ = ["launch"]
@@ -50,9 +54,9 @@ def _part(
 
 @triton.jit
 def _granq_split(
-        x_ptr, y_ptr, mask_ptr, scale_ptr, zero_point_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, residual_ptr, eps, channels,
-        row_stride, sample_stride, step, n, tiles, half_levels, overflow, smallest, low, high, above, below, largest, nan_passes,
-        most_ptr, negated_ptr, done_ptr, ticket_ptr, parts, units, lag, NORM: tl.constexpr, CLAMP: tl.constexpr,
+        x_ptr, y_ptr, mask_ptr, scale_ptr, zero_point_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, residual_ptr, most_ptr,
+        negated_ptr, done_ptr, ticket_ptr, eps, channels, row_stride, sample_stride, step, n, tiles, half_levels, overflow,
+        smallest, low, high, above, below, largest, nan_passes, parts, units, lag, NORM: tl.constexpr, CLAMP: tl.constexpr,
         MASK: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     ticket = tl.atomic_add(ticket_ptr, 1)
     if ticket < units:
@@ -83,8 +87,9 @@ def _granq_split(
         tl.store(y_ptr + address, _stored(y, y_ptr.dtype.element_ty), mask=inside)
 
 
-def launch(tensors: tuple, samples: int, geometry: tuple, numbers: tuple, constants: dict) -> None:
-    """Arguments as those of ``triton_kernel._granq``; ``geometry`` is ``channels, row_stride, sample_stride, step, n``."""
+def launch(samples: int, geometry: tuple, eps: float, numbers: tuple, constants: dict) -> Callable[..., None]:
+    """Its tensors, ``numbers`` and ``constants`` are those of ``triton_kernel._granq``; ``geometry`` is ``channels, row_stride,
+    sample_stride, step, n``."""
     channels, row_stride, *_, n = geometry
     is_contiguous = row_stride > 1
     rows = 1 if is_contiguous else min(64 if channels > 64 else 32, triton.next_power_of_2(channels))
@@ -93,8 +98,11 @@ def launch(tensors: tuple, samples: int, geometry: tuple, numbers: tuple, consta
     groups, count = samples * tiles, samples * channels
     units = groups * parts
     lag = max(parts, min(units, _LAG // _TILE))
-    shared = tensors[0].new_zeros(2 * count + groups + 1, dtype=torch.int32)
-    most, negated, done, ticket = shared.split([count, count, groups, 1])
-    _granq_split[(units + lag, )](
-        *tensors, *geometry, tiles, *numbers, most.view(torch.uint32), negated.view(torch.uint32), done, ticket, parts, units, lag,
-        **constants, EVEN=n % block == 0 and channels % rows == 0, ROWS=rows, BLOCK=block, num_warps=4)
+    one = Launch(_granq_split, (units + lag, ), (eps, *geometry, tiles, *numbers, parts, units, lag), constants | dict(
+        EVEN=n % block == 0 and channels % rows == 0, ROWS=rows, BLOCK=block, num_warps=4))
+
+    def launched(x: Tensor, *others: Tensor) -> None:
+        shared = x.new_zeros(2 * count + groups + 1, dtype=torch.int32)
+        most, negated, done, ticket = shared.split([count, count, groups, 1])
+        one(x, *others, most.view(torch.uint32), negated.view(torch.uint32), done, ticket)
+    return launched

@@ -118,9 +118,9 @@ for shape, memory_format, axis, dtype, before in cases:
         assert kernels.backend(x) == "triton"
         a, b = (x.clone().requires_grad_() for _ in range(2))
         calls = []
-        launch, triton_frozen._launch = triton_frozen._launch, lambda layout: calls.append(layout) or launch(layout)
+        forward, triton_frozen._forward = triton_frozen._forward, lambda *args: calls.append(args) or forward(*args)
         actual = kernels.affine_quantize(a, scale, zero_point, limits, axis, before)
-        triton_frozen._launch = launch
+        triton_frozen._forward = forward
         assert calls, (shape, axis)
         expected = GF.affine_quantize(before.apply(b), scale, zero_point, limits)
         oracles.assert_equal(actual, expected)
@@ -134,6 +134,71 @@ print(len(cases))
 def test_triton_of_frozen_ranges_in_its_interpreter(interpreter, run_python):
     """Activations and weights, one range for each channel or for all, in rows and columns, clipped values and their gradients."""
     assert run_python(_TRITON_FROZEN, TRITON_INTERPRET="1", GRANQ_KERNEL="triton").split()[-1] == "54"
+
+
+_TRITON_LAUNCHES = """
+import itertools
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+from granq_plugin import kernels
+from granq_plugin.kernels import IDENTITY, Ahead, Before, triton_launch
+
+class Launcher:  # keeps what a GPU would be given
+    def __init__(self, source, metadata):
+        pass
+
+    def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *args):
+        launched.append([function, x, y, z, packed, *(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args)])
+
+class Driver:
+    launcher_cls = Launcher
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = get_current_stream = lambda self, *device: 0
+    get_active_torch_device = lambda self: torch.device("cpu")
+    get_device_properties = lambda self, device: dict(max_shared_mem=232448, max_num_regs=65536, multiprocessor_count=132)
+    load_binary = lambda self, *binary: (1, next(numbers), 64, 0, 1024)
+    utils = property(lambda self: self)
+
+def twice(self, *tensors):
+    found = len(runs)
+    call(self, *tensors), call(self, *tensors)
+    assert launched[-1] == launched[-2]
+    assert len(runs) <= found + 1  # the second did not ask Triton
+
+driver.set_active(Driver())
+kernels._why_not_triton = lambda x: None
+launched, runs, numbers = [], [], itertools.count()
+call, triton_launch.Launch.__call__ = triton_launch.Launch.__call__, twice
+run, JITFunction.run = JITFunction.run, lambda self, *args, **kwargs: runs.append(self) or run(self, *args, **kwargs)
+for shape, memory_format in (((2, 3, 8, 8), None), ((2, 3, 7, 7), None), ((1, 64, 130, 130), None),
+                             ((1, 16, 32, 32), "channels_last")):
+    x, residual = torch.randn(2, *shape).unbind()
+    if memory_format:
+        x, residual = (t.to(memory_format=getattr(torch, memory_format)) for t in (x, residual))
+    ahead = Ahead(*torch.ones(4, shape[1]), 1e-5, residual)
+    for before, a in ((IDENTITY, None), (Before(relu=True), ahead)):
+        x.requires_grad_()
+        kernels.granq(x, 4, 1, before, a)
+        kernels.affine_quantize(x, *torch.ones(2, shape[1]), (0, 15), 1, before, a).sum().backward()
+    function, count = launched[-1][0], len(runs)
+    kernels.granq(x, 5, 1, before, a), kernels.granq(x, 4, 1, before, a)
+    assert len(runs) == count + 1
+values = torch.randn(101)
+aligned, other = values[:100].view(2, 5, 10), values[1:].view(2, 5, 10)
+functions = []
+for x in (aligned, other, aligned, other):
+    kernels.granq(x, 4)
+    functions.append(launched[-1][0])
+assert functions[:2] == functions[2:] and functions[0] != functions[1]
+print(len(launched))
+"""
+
+
+def test_a_kernel_is_launched_again_without_triton_with_what_it_had_at_first(run_python):
+    """By a driver that launches nothing; a tensor that begins elsewhere has a kernel of its own."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    assert int(run_python(_TRITON_LAUNCHES, GRANQ_KERNEL="triton").split()[-1]) > 50
 
 
 @pytest.mark.parametrize("which, option", [(w, o) for w in ("dynamic", "frozen", "backward") for o in (False, True)]
