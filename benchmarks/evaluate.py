@@ -1,10 +1,10 @@
 """How many images per second does the zoo evaluate, quantized beside float?
 
-    python -m benchmarks.evaluate --data DIR --weights FILE [--device cpu --threads 2]
+    python -m benchmarks.evaluate --data DIR --weights FILE [--device cpu --threads 2 --compile off]
 
 ResNet-20 on CIFAR-10 test images in memory, through ``zoo.evaluate``: float, and W4A4 with dynamic, static and folded activations,
 in both memory formats; "loading" is the same without a network: batches, normalization, counting. Ranges come from random images,
-which changes accuracy but not speed. Networks take turns; medians. Replaces the rows of this device and number of threads in
+which changes accuracy but not speed. Networks take turns; medians. Replaces the rows of this device, threads and --compile in
 ``benchmarks/results/evaluate.csv``, and writes the chart and the table in docs/results.md.
 """
 
@@ -24,8 +24,8 @@ MARKER = "evaluate: written by python -m benchmarks.evaluate"
 QUANTIZED = ("dynamic", "static", "folded")
 KINDS = ("loading", "float", *QUANTIZED)
 FORMATS = ("contiguous_format", "channels_last")
-FIELDS = ("device", "threads", "memory_format", "network", "images", "batch_size", "images_per_second", "ratio", "spread",
-          "repeats")
+KEYS = ("device", "threads", "compile", "memory_format")
+FIELDS = (*KEYS, "network", "images", "batch_size", "images_per_second", "ratio", "spread", "repeats")
 
 
 class NoNetwork(nn.Module):
@@ -52,8 +52,8 @@ def networks(teacher: nn.Module, example_input: Tensor, bits: int) -> dict[str, 
                 static=gq.to_static(dynamic, batches).eval(), folded=bake(folded).eval())
 
 
-def measure(models: dict, test_set, preprocessing, batch_size: int, device: str, memory_format: str,
-            repeats: int) -> dict[str, list[float]]:
+def measure(models: dict, test_set, preprocessing, batch_size: int, device: str, memory_format: str, repeats: int,
+            compile: str = "off") -> dict[str, list[float]]:
     """Images per second of every network, ``repeats`` times, taking turns, after a warm-up batch."""
     from zoo.evaluate import evaluate
 
@@ -64,21 +64,27 @@ def measure(models: dict, test_set, preprocessing, batch_size: int, device: str,
     speeds = {kind: [] for kind in models}
     for _ in range(repeats):
         for kind, model in models.items():
-            speeds[kind].append(evaluate(model, test_set, prepare, batch_size, device).images_per_second)
+            mode = "off" if kind == "loading" else compile
+            speeds[kind].append(evaluate(model, test_set, prepare, batch_size, device, compile=mode).images_per_second)
     return speeds
 
 
 def table(rows: list[dict]) -> str:
-    """Images per second; in brackets the share of float's in the same memory format."""
-    heads = list(dict.fromkeys((r["device"], r["threads"], r["memory_format"]) for r in rows))
-    cells = {(r["network"], (r["device"], r["threads"], r["memory_format"])):
-             f"{float(r['images_per_second']):.0f}" + (f" ({100 * float(r['ratio']):.0f} %)" if r["network"] != "loading" else "")
-             for r in rows}
-    lines = ["| images/s | " + " | ".join(
-        f"{d}{f', {t} thread' + 's' * (int(t) > 1) if d == 'cpu' else ''}, {f}" for d, t, f in heads) + " |",
-        "|---" * (len(heads) + 1) + "|"]
+    """Images per second; in brackets the share of float's in the same setting."""
+    heads = list(dict.fromkeys(map(_setting, rows)))
+    cells = {(r["network"], _setting(r)): f"{float(r['images_per_second']):.0f}" + (
+        f" ({100 * float(r['ratio']):.0f} %)" if r["network"] != "loading" else "") for r in rows}
+    lines = ["| images/s | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     lines += [f"| {kind} | " + " | ".join(cells[kind, h] for h in heads) + " |" for kind in KINDS]
     return "\n".join(lines)
+
+
+def _setting(row: dict) -> str:
+    """What stands above its column, and in the legend."""
+    device = row["device"]
+    if device == "cpu":
+        device += f", {row['threads']} thread" + "s" * (int(row["threads"]) > 1)
+    return ", ".join((device, *["CUDA graphs"] * (row["compile"] == "cudagraphs"), row["memory_format"]))
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -87,12 +93,11 @@ def plot(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
-    settings = list(dict.fromkeys((r["device"], r["threads"], r["memory_format"]) for r in rows))
+    settings = list(dict.fromkeys(map(_setting, rows)))
     for i, setting in enumerate(settings):
-        share = {r["network"]: 100 * float(r["ratio"]) for r in rows
-                 if (r["device"], r["threads"], r["memory_format"]) == setting}
+        share = {r["network"]: 100 * float(r["ratio"]) for r in rows if _setting(r) == setting}
         places = [k + i / (len(settings) + 1) for k in range(len(QUANTIZED))]
-        axes.bar(places, [share[k] for k in QUANTIZED], 1 / (len(settings) + 1), label=", ".join(setting[::2]))
+        axes.bar(places, [share[k] for k in QUANTIZED], 1 / (len(settings) + 1), label=setting)
     axes.axhline(100, color="black", linestyle="--", linewidth=1)
     axes.set_xticks([k + (len(settings) - 1) / 2 / (len(settings) + 1) for k in range(len(QUANTIZED))], QUANTIZED)
     axes.set_ylabel("images/s, % of float")
@@ -115,7 +120,9 @@ def read_rows(path: Path = RESULTS / "evaluate.csv") -> list[dict]:
 @click.option("--repeats", type=click.IntRange(min=3), default=3, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
-def main(data, weights, bits, count, batch_size, repeats, device, threads) -> None:
+@click.option("--compile", type=click.Choice(["off", "cudagraphs"]), default="off", show_default=True,
+              help="cudagraphs: on a GPU, the forward of a batch is recorded once and launched as one.")
+def main(data, weights, bits, count, batch_size, repeats, device, threads, compile) -> None:
     import zoo
     from zoo.data import load_images
     from zoo.weights import load_weights
@@ -128,15 +135,15 @@ def main(data, weights, bits, count, batch_size, repeats, device, threads) -> No
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     path, rows = RESULTS / "evaluate.csv", []
     for memory_format in FORMATS:
-        speeds = measure(models, test_set, card.preprocessing, batch_size, device, memory_format, repeats)
+        speeds = measure(models, test_set, card.preprocessing, batch_size, device, memory_format, repeats, compile)
         medians = {kind: statistics.median(s) for kind, s in speeds.items()}
         rows += [dict(zip(FIELDS, (
-            name, threads, memory_format, kind, len(test_set), batch_size, f"{medians[kind]:.1f}",
+            name, threads, compile, memory_format, kind, len(test_set), batch_size, f"{medians[kind]:.1f}",
             f"{medians[kind] / medians['float']:.3f}", f"{max(s) - min(s):.1f}", repeats))) for kind, s in speeds.items()]
         for row in rows[-len(KINDS):]:
             click.echo(row)
-    rows = [r for r in read_rows(path) if (r["device"], r["threads"]) != (name, str(threads))] + rows
-    rows.sort(key=lambda r: (r["device"], int(r["threads"])))
+    rows = [r for r in read_rows(path) if tuple(r[k] for k in KEYS[:3]) != (name, str(threads), compile)] + rows
+    rows.sort(key=lambda r: (r["device"], int(r["threads"]), r["compile"]))
     write(path, FIELDS, rows)
     plot(read_rows(path), RESULTS / "evaluate.png")
     replace_table(MARKER, table(read_rows(path)))

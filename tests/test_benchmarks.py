@@ -165,8 +165,8 @@ def test_recipe_times_whole_iterations():
 def test_the_evaluate_table_is_the_committed_csv_s():
     rows = evaluate.read_rows()
     assert readme.current_table(evaluate.MARKER) == evaluate.table(rows)
-    for setting in {(r["device"], r["threads"], r["memory_format"]) for r in rows}:
-        speeds = {r["network"]: r for r in rows if (r["device"], r["threads"], r["memory_format"]) == setting}
+    for setting in {tuple(r[k] for k in evaluate.KEYS) for r in rows}:
+        speeds = {r["network"]: r for r in rows if tuple(r[k] for k in evaluate.KEYS) == setting}
         assert set(speeds) == set(evaluate.KINDS)
         for r in speeds.values():
             share = float(r["images_per_second"]) / float(speeds["float"]["images_per_second"])

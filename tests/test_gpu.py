@@ -18,6 +18,9 @@ from granq_plugin.zero_shot.graphs import RecordedStep
 from granq_plugin.zero_shot.step import ObservedTeacher, generator_step
 from granq_plugin.zero_shot.training import Training
 from networks import teacher_network
+from zoo.card import Preprocessing
+from zoo.data import ImageSet
+from zoo.evaluate import evaluate
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
@@ -142,6 +145,24 @@ def test_a_network_with_fused_batch_norms(act_quant):
     with torch.no_grad():
         a, b = fused(x), student(x)
     assert float((a - b).norm()) <= 0.02 * float(b.norm())
+
+
+@pytest.mark.parametrize("act_quant", [None, gq.GranQActPerChannel, gq.GranQActPerChannelStatic])
+def test_a_recorded_network_counts_as_others(act_quant):
+    """Whole batches from a CUDA graph, the last one not; the network is as it was."""
+    torch.manual_seed(0)
+    network = teacher_network().cuda()
+    if act_quant is not None:
+        network = gq.quantize(network, 4, 4, act_quant=act_quant).cuda()
+        network.train()(torch.randn(64, 3, 8, 8, device="cuda"))
+    data = ImageSet(torch.randint(0, 256, (1030, 3, 8, 8), dtype=torch.uint8), torch.randint(10, (1030, )), "memory")
+    preprocessing = Preprocessing(8, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    off, on, again = (evaluate(network, data, preprocessing, 100, "cuda", compile=c) for c in ("off", "cudagraphs", "off"))
+    assert (off.correct, off.correct5, off.total) == (again.correct, again.correct5, 1030)
+    # a library may choose another convolution while it records
+    assert abs(on.correct - off.correct) <= 2 and abs(on.correct5 - off.correct5) <= 2 and on.total == 1030
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
 
 @pytest.mark.parametrize("act_quant", [gq.GranQActPerChannel, gq.GranQActPerChannelStatic])

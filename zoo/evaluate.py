@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from granq_plugin.freeze import weights_quantized_once
 from granq_plugin.fusion import fuse_batch_norm
 from granq_plugin.zero_shot import parallel
+from granq_plugin.zero_shot.graphs import RecordedStep, check_device
 from zoo.card import Preprocessing
 from zoo.data import ImageSet
 from zoo.image_folder import FolderImages
 
-__all__ = ["Accuracy", "check_images", "default_batch_size", "evaluate", "input_batches", "wilson_interval"]
+__all__ = ["COMPILE", "Accuracy", "check_images", "default_batch_size", "evaluate", "input_batches", "wilson_interval"]
+
+COMPILE = ("off", "cudagraphs")
 
 
 @dataclass(frozen=True)
@@ -93,16 +96,19 @@ def evaluate(
         batch_size: int = 250,
         device: torch.device | str = "cpu",
         progress: Callable[[int], object] | None = None,
-        distributed: bool = False) -> Accuracy:
+        distributed: bool = False,
+        compile: str = "off") -> Accuracy:
     """Count correct predictions of ``model`` (left in evaluation mode) on every image of ``data``.
 
     Args:
         progress: called after each batch with its number of images (of this rank).
         distributed: share the batches among the ranks of torch.distributed and add up, so that every rank returns the counts of
             one process; all ranks must call this. The batches are those of one process.
+        compile: "off", or "cudagraphs" (one GPU): the forward of a batch, some hundred launches in a network of low bits, is
+            recorded and then launched as one; the last batch, if it is smaller, is not. The network must read nothing back.
 
     Raises:
-        ValueError: if there are no images, or they have the wrong size.
+        ValueError: if there are no images, or they have the wrong size; for an unknown ``compile``, or one that cannot be here.
 
     Example:
         >>> from zoo import get_model
@@ -114,18 +120,31 @@ def evaluate(
     if not len(data):
         raise ValueError(f"no images in {data.source!r}")
     rank, world = (parallel.rank(), parallel.world_size()) if distributed else (0, 1)
+    _check_compile(compile, torch.device(device), world)
     model = fuse_batch_norm(model.to(device).eval())
-    counts = torch.zeros(3, dtype=torch.int64)
+    whole = RecordedStep(model, warm_up=1) if compile == "cudagraphs" else model
+    hits, seen = torch.zeros(2, dtype=torch.int64, device=device), 0
     start = time.perf_counter()
     with weights_quantized_once(model):
         for images, y in data.batches(batch_size, rank, world):
-            logits = model(preprocessing(images.to(device)))
-            hits = logits.topk(min(5, logits.shape[1])).indices.cpu() == y[:, None]
-            counts += torch.tensor([int(hits[:, 0].sum()), int(hits.sum()), len(y)])
+            logits = (whole if len(y) == batch_size else model)(preprocessing(images.to(device)))
+            is_hit = logits.topk(min(5, logits.shape[1])).indices == y.to(device)[:, None]
+            hits += torch.stack([is_hit[:, 0].sum(), is_hit.sum()])  # stays there: a GPU need not wait for Python
+            seen += len(y)
             if progress:
                 progress(len(y))
+    counts = torch.tensor([*hits.tolist(), seen])
     if world > 1:
         shared = counts.to(device if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(shared)
         counts = shared.cpu()
     return Accuracy(*counts.tolist(), time.perf_counter() - start)
+
+
+def _check_compile(compile: str, device: torch.device, world: int) -> None:
+    if compile not in COMPILE:
+        raise ValueError(f"compile must be one of {', '.join(COMPILE)}, got {compile!r}")
+    if compile == "cudagraphs":
+        check_device(device, "network")
+        if world > 1:
+            raise ValueError(f"compile='cudagraphs' is for one process, and these are {world}: use off")

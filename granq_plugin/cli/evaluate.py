@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from granq_plugin.cli.options import BitWidth, complete_names, dataset_option, input_errors, open_device
+from granq_plugin.cli.options import BitWidth, compile_option, complete_names, dataset_option, input_errors, open_device
 from zoo.quantization import WEIGHT_REGIMES
 
 __all__ = ["evaluate"]
@@ -31,10 +31,11 @@ __all__ = ["evaluate"]
 @dataset_option
 @click.option("--batch-size", type=click.IntRange(min=1), default=250, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="torch device, e.g. cuda.")
+@compile_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's].")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Also write the result there.")
 def evaluate(name, weight_bits, act_bits, weight_regime, static, calibration_data, calibration_images, data, count, weights,
-             dataset, batch_size, device, threads, json_path) -> None:
+             dataset, batch_size, device, compile, threads, json_path) -> None:
     """Quantize a network without training, and evaluate it.
 
     Prints its top-1 accuracy beside the float one's.
@@ -82,7 +83,7 @@ def evaluate(name, weight_bits, act_bits, weight_regime, static, calibration_dat
         for label, network in (("float", model), ("quantized", quantized)):
             with tqdm(total=len(test_set), desc=f"{label:9}", unit="img", disable=None) as bar:
                 results[label] = zoo.evaluate.evaluate(
-                    network, test_set, card.preprocessing, batch_size, device, progress=bar.update)
+                    network, test_set, card.preprocessing, batch_size, device, progress=bar.update, compile=compile)
 
     activations = "static" if static else "dynamic"
     click.echo(f"{name} on {card.dataset} ({len(test_set)} test images), W{weight_bits}A{act_bits}, "

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 __all__ = [
-    "BitWidth", "advance", "complete_names", "complete_presets", "dataset_option", "help_config", "input_errors", "join_ranks",
-    "open_device", "presets_text", "settings_from"]
+    "BitWidth", "advance", "compile_option", "complete_names", "complete_presets", "dataset_option", "help_config", "input_errors",
+    "join_ranks", "open_device", "presets_text", "settings_from"]
 
 _EXTRAS = dict(hls4ml="hls", tensorboard="tensorboard") | dict.fromkeys(
     ("matplotlib", "safetensors", "sklearn", "torchvision"), "zoo") | dict.fromkeys(
@@ -54,6 +54,11 @@ def _one_line(e: Exception) -> str:
 
 dataset_option = click.option(
     "--dataset", metavar="NAME", help="For module:function: the data set (cifar10, cifar100, digits, imagenet).")
+
+
+compile_option = click.option(
+    "--compile", type=click.Choice(["off", "cudagraphs"]), default="off", show_default=True,
+    help="cudagraphs: on a GPU, the forward of a batch is recorded once and launched as one.")
 
 
 def help_config(text):

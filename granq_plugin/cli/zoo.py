@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from granq_plugin.cli.options import complete_names, input_errors, join_ranks, open_device
+from granq_plugin.cli.options import compile_option, complete_names, input_errors, join_ranks, open_device
 
 __all__ = ["zoo"]
 
@@ -80,10 +80,11 @@ def show_card(name, zoo_dir) -> None:
 @click.option("--update-card", is_flag=True, help="Write what was found into the entry's card instead of comparing.")
 @batch_option
 @click.option("--device", default="cpu", show_default=True, help="torch device; under torchrun, cuda means each rank's own.")
+@compile_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's].")
 @download_option
 @zoo_option
-def evaluate(name, data, weights, tolerance, update_card, batch_size, device, threads, download, zoo_dir) -> int:
+def evaluate(name, data, weights, tolerance, update_card, batch_size, device, compile, threads, download, zoo_dir) -> int:
     """Evaluate an entry, and compare it with its card.
 
     The exit code is 1 if the counts of correct test images differ by more than --tolerance.
@@ -113,7 +114,7 @@ def evaluate(name, data, weights, tolerance, update_card, batch_size, device, th
         world = parallel.world_size()
         with tqdm(total=len(test_set), unit="img", disable=parallel.rank() > 0 or None) as bar:
             accuracy = count(model, test_set, card.preprocessing, batch_size or default_batch_size(card.preprocessing), device,
-                             lambda n: bar.update(min(n * world, len(test_set) - bar.n)), distributed=True)
+                             lambda n: bar.update(min(n * world, len(test_set) - bar.n)), distributed=True, compile=compile)
     if parallel.rank() > 0:
         return 0
     digest = card.weights.sha256 if weights is None else sha256(weights)

@@ -16,6 +16,10 @@ def check_device(device: torch.device, network: str) -> None:
     """Raise a ValueError, before work starts, where nothing can be recorded."""
     if device.type != "cuda":
         raise ValueError(f"compile='cudagraphs' needs a GPU; the {network} is on {device}")
+    current = torch.cuda.current_device()
+    if device.index not in (None, current):
+        raise ValueError(f"compile='cudagraphs' records on the current GPU, cuda:{current}, and the {network} is on {device}; "
+                         f"CUDA_VISIBLE_DEVICES={device.index} makes it the only one")
 
 
 class RecordedStep:

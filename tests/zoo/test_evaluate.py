@@ -8,6 +8,7 @@ from torch import nn
 
 import ranks
 import zoo
+from granq_plugin.zero_shot.graphs import check_device
 from zoo.card import Preprocessing
 from zoo.data import ImageSet, load_images
 from zoo.evaluate import evaluate, input_batches, wilson_interval
@@ -46,6 +47,50 @@ def test_wrong_size_and_empty_sets_are_refused():
         next(input_batches(torch.zeros(1, 3, 4, 6, dtype=torch.uint8), PREPROCESSING, 1))
     with pytest.raises(ValueError, match="no images in 'memory'"):
         evaluate(nn.Flatten(), ImageSet(images(0), torch.zeros(0, dtype=torch.int64), "memory"), PREPROCESSING)
+
+
+class Recorded:
+    """A RecordedStep without a GPU: the same memory at every call, for inputs of the first one's shape."""
+
+    def __init__(self, step, warm_up):
+        self.step, self.shape, self.output, self.calls = step, None, None, 0
+
+    def __call__(self, x):
+        y, self.calls = self.step(x), self.calls + 1
+        self.shape = self.shape or x.shape
+        assert x.shape == self.shape
+        self.output = y.clone() if self.output is None else self.output.copy_(y)
+        return self.output
+
+
+@pytest.mark.parametrize("batch_size, recorded", [(5, 4), (23, 1), (100, 0)])
+def test_whole_batches_are_recorded(monkeypatch, batch_size, recorded):
+    steps = []
+    monkeypatch.setattr("zoo.evaluate.RecordedStep", lambda *args, **kwargs: steps.append(Recorded(*args, **kwargs)) or steps[-1])
+    monkeypatch.setattr("zoo.evaluate.check_device", lambda device, network: None)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
+    data = ImageSet(images(), torch.randint(0, 8, (23, )), "memory")
+    off, on = (evaluate(model, data, PREPROCESSING, batch_size, compile=mode) for mode in ("off", "cudagraphs"))
+    assert (on.correct, on.correct5, on.total) == (off.correct, off.correct5, 23) and 0 < on.correct < on.correct5
+    assert [s.calls for s in steps] == [recorded]
+
+
+def test_what_cannot_be_recorded_is_refused(monkeypatch):
+    data = ImageSet(images(), torch.zeros(23, dtype=torch.long), "memory")
+    with pytest.raises(ValueError, match="compile must be one of off, cudagraphs, got 'default'"):
+        evaluate(nn.Flatten(), data, PREPROCESSING, compile="default")
+    with pytest.raises(ValueError, match="needs a GPU; the network is on cpu"):
+        evaluate(nn.Flatten(), data, PREPROCESSING, compile="cudagraphs")
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    check_device(torch.device("cuda"), "network"), check_device(torch.device("cuda:0"), "network")
+    with pytest.raises(ValueError, match="current GPU, cuda:0, and the network is on cuda:1; CUDA_VISIBLE_DEVICES=1"):
+        check_device(torch.device("cuda:1"), "network")
+    monkeypatch.setattr("zoo.evaluate.check_device", lambda device, network: None)
+    monkeypatch.setattr("granq_plugin.zero_shot.parallel.rank", lambda: 0)
+    monkeypatch.setattr("granq_plugin.zero_shot.parallel.world_size", lambda: 2)
+    with pytest.raises(ValueError, match="for one process, and these are 2"):
+        evaluate(nn.Flatten(), data, PREPROCESSING, distributed=True, compile="cudagraphs")
 
 
 def test_the_published_network_reaches_its_accuracy_on_real_images(data_dir):
