@@ -2,6 +2,8 @@
 
 import csv
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from benchmarks import (
     finn_plus,
     fusion,
     gpu_bytes,
+    gpu_launches,
     headline,
     quantizer,
     quantizer_gpu,
@@ -137,6 +140,23 @@ def test_bytes_of_operations_are_counted(monkeypatch):
     assert (rows["granq"]["reads"], rows["sum_fused"]["reads"], rows["sum_separate"]["reads"]) == ("1.00", "2.00", "4.03")
     rows = {r["method"]: r for r in gpu_bytes.measure((64, 4, 96, 96), "channels_last")}
     assert (rows["granq"]["reads"], rows["granq"]["ratio_to_clone"]) == ("2.00", "1.500")
+
+
+def test_the_table_of_launches_is_the_committed_csv_s():
+    rows = gpu_launches.read(gpu_launches.RESULTS / "gpu_launches.csv")
+    assert readme.current_table(gpu_launches.MARKER) == gpu_launches.table(rows)
+    us = {(r["call"], r["launch"]): float(r["median_us"]) for r in rows}
+    assert us["torch.clone", "again"] < us["GranQ, dynamic", "again"] < us["GranQ, dynamic", "triton"]
+
+
+def test_launches_are_timed_without_a_gpu():
+    """In a process of its own, which takes its tensors for a GPU's."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    code = ("from benchmarks import gpu_launches as g; from granq_plugin.kernels.triton_launch import Launch; f = Launch.__call__;"
+            "g.pretend(); rows = g.measure(3, 2); print(len(rows), len(g.calls()), Launch.__call__ is f, min(float(r['low_us']) "
+            "for r in rows) > 0)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=readme.ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["10", "5", "True", "True"], done.stderr
 
 
 def test_the_fusion_table_is_the_committed_csv_s():

@@ -137,28 +137,11 @@ def test_triton_of_frozen_ranges_in_its_interpreter(interpreter, run_python):
 
 
 _TRITON_LAUNCHES = """
-import itertools
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import JITFunction, driver
+from triton.runtime import JITFunction
+from benchmarks import gpu_launches
 from granq_plugin import kernels
 from granq_plugin.kernels import IDENTITY, Ahead, Before, triton_launch
-
-class Launcher:  # keeps what a GPU would be given
-    def __init__(self, source, metadata):
-        pass
-
-    def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *args):
-        launched.append([function, x, y, z, packed, *(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args)])
-
-class Driver:
-    launcher_cls = Launcher
-    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
-    get_current_device = get_current_stream = lambda self, *device: 0
-    get_active_torch_device = lambda self: torch.device("cpu")
-    get_device_properties = lambda self, device: dict(max_shared_mem=232448, max_num_regs=65536, multiprocessor_count=132)
-    load_binary = lambda self, *binary: (1, next(numbers), 64, 0, 1024)
-    utils = property(lambda self: self)
 
 def twice(self, *tensors):
     found = len(runs)
@@ -166,9 +149,8 @@ def twice(self, *tensors):
     assert launched[-1] == launched[-2]
     assert len(runs) <= found + 1  # the second did not ask Triton
 
-driver.set_active(Driver())
-kernels._why_not_triton = lambda x: None
-launched, runs, numbers = [], [], itertools.count()
+launched, runs = [], []
+gpu_launches.pretend(lambda call: launched.append([a.data_ptr() if isinstance(a, torch.Tensor) else a for a in call]))
 call, triton_launch.Launch.__call__ = triton_launch.Launch.__call__, twice
 run, JITFunction.run = JITFunction.run, lambda self, *args, **kwargs: runs.append(self) or run(self, *args, **kwargs)
 for shape, memory_format in (((2, 3, 8, 8), None), ((2, 3, 7, 7), None), ((1, 64, 130, 130), None),
@@ -181,7 +163,7 @@ for shape, memory_format in (((2, 3, 8, 8), None), ((2, 3, 7, 7), None), ((1, 64
         x.requires_grad_()
         kernels.granq(x, 4, 1, before, a)
         kernels.affine_quantize(x, *torch.ones(2, shape[1]), (0, 15), 1, before, a).sum().backward()
-    function, count = launched[-1][0], len(runs)
+    count = len(runs)
     kernels.granq(x, 5, 1, before, a), kernels.granq(x, 4, 1, before, a)
     assert len(runs) == count + 1
 values = torch.randn(101)
@@ -198,7 +180,7 @@ print(len(launched))
 def test_a_kernel_is_launched_again_without_triton_with_what_it_had_at_first(run_python):
     """By a driver that launches nothing; a tensor that begins elsewhere has a kernel of its own."""
     pytest.importorskip("triton", reason="triton is not installed")
-    assert int(run_python(_TRITON_LAUNCHES, GRANQ_KERNEL="triton").split()[-1]) > 50
+    assert int(run_python(_TRITON_LAUNCHES).split()[-1]) > 50
 
 
 @pytest.mark.parametrize("which, option", [(w, o) for w in ("dynamic", "frozen", "backward") for o in (False, True)]
