@@ -4,9 +4,9 @@
 
 At small batches a GPU waits for Python. Here a driver of Triton stands in for a GPU's: kernels are compiled for one, and launching
 them does nothing, so that what is left of a call is Python's part (torch allocates on the CPU, which takes about as long).
-"Triton's launch" is the same call where Triton looks for the compiled kernel each time, as it does in ``kernel[grid](...)``. Medians
-of interleaved rounds. Writes ``gpu_launches.csv`` into ``benchmarks/results``, and the table in docs/results.md. Needs triton, but
-no GPU.
+"Triton's launch" is the same call where Triton looks for the compiled kernel each time, as it does in ``kernel[grid](...)``.
+Medians of interleaved rounds. Writes ``gpu_launches.csv`` into ``benchmarks/results``, and the table in docs/results.md. Needs
+triton, but no GPU.
 """
 
 import itertools
