@@ -44,8 +44,8 @@ def _settings_text() -> str:
 def train_teacher(name, dataset, data, out, config_file, assignments, holdout, resume, device, threads) -> None:
     """Train a float network on labelled images, as a teacher.
 
-    The teacher is for granq qat, which takes it with --weights.
-    RUN_DIR gets config.toml, run.json, metrics.csv, checkpoint.pt (every epoch) and teacher.safetensors.
+    NAME is a float zoo entry, a card file PATH.toml, or module:function of your own. The teacher is for granq qat, which takes it
+    with --weights. RUN_DIR gets config.toml, run.json, metrics.csv, checkpoint.pt (every epoch) and teacher.safetensors.
 
     \b
     Example:

@@ -5,8 +5,7 @@ import os
 import numpy as np
 
 from granq_plugin.deploy.finn import Op, Quant
-from granq_plugin.export.files import check_contents, constants_of
-from granq_plugin.reading import existing_file, reason_of
+from granq_plugin.export.files import constants_of, load_onnx
 
 __all__ = ["read_onnx"]
 
@@ -25,27 +24,11 @@ def read_onnx(model) -> list[Op]:
         model: ModelProto, or the path of a file.
 
     Raises:
-        ModuleNotFoundError: without onnx. FileNotFoundError: if there is no such file. ValueError: if it is not an ONNX model.
+        ModuleNotFoundError, FileNotFoundError, ValueError: see :func:`~granq_plugin.export.files.load_onnx`.
     """
     if isinstance(model, (str, os.PathLike)):
-        model = _load(os.fspath(model))
+        model = load_onnx(model)
     return _Reader(model).read()
-
-
-def _load(path: str):
-    try:
-        import onnx
-    except ModuleNotFoundError as e:
-        raise ModuleNotFoundError("reading an ONNX file needs onnx: pip install 'granq-plugin[export]'", name="onnx") from e
-    existing_file(path, "model file")
-    try:
-        model = onnx.load(path, load_external_data=False)
-        check_contents(model)
-    except Exception as e:  # protobuf's DecodeError among them
-        raise ValueError(f"{path} is not an ONNX file, or is damaged: {reason_of(e)}") from e
-    if not model.graph.node:
-        raise ValueError(f"{path} holds no ONNX graph, or is damaged")
-    return model
 
 
 class _Reader:

@@ -1,5 +1,7 @@
 """Programs that run an exported file: onnxruntime, qonnx's executor, and hls4ml's compiled C simulation."""
 
+import contextlib
+import io
 import shutil
 import tempfile
 import warnings
@@ -147,11 +149,12 @@ def _hls4ml(model):
     wrapper = cleanup_model(wrapper.transform(ConvertToChannelsLastAndClean(make_input_channels_last=True)))
     folder = tempfile.TemporaryDirectory(prefix="granq_hls4ml_")
     try:
-        config = hls4ml.utils.config_from_onnx_model(
-            wrapper, granularity="name", backend="Vitis", default_precision="fixed<48,16>")
-        firmware = hls4ml.converters.convert_from_onnx_model(
-            wrapper, output_dir=folder.name, io_type="io_stream", backend="Vitis", hls_config=config)
-        firmware.compile()
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints every layer
+            config = hls4ml.utils.config_from_onnx_model(
+                wrapper, granularity="name", backend="Vitis", default_precision="fixed<48,16>")
+            firmware = hls4ml.converters.convert_from_onnx_model(
+                wrapper, output_dir=folder.name, io_type="io_stream", backend="Vitis", hls_config=config)
+            firmware.compile()
     except Exception as e:  # anything: assertions, KeyErrors, the compiler's messages
         folder.cleanup()
         raise ValueError(f"hls4ml does not take this model: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}") from e

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from granq_plugin.functional import integer_limits
 from granq_plugin.reading import existing_file, reason_of
 
 __all__ = [
-    "attribute", "check_contents", "constants_of", "metadata_of", "quant_limits", "read_metadata", "read_onnx", "set_metadata"]
+    "attribute", "check_contents", "constants_of", "load_onnx", "metadata_of", "quant_limits", "read_metadata", "read_onnx",
+    "set_metadata"]
 
 MOST_INPUT, MOST_ELEMENTS = 2**22, 2**28
 """Of a sample, and of a tensor whose size can be told before the network runs."""
@@ -50,26 +52,40 @@ def _digest(model) -> str:
     return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
 
 
-def read_onnx(path: str | Path, allow_changed: bool = False):
-    """Read an ONNX file as an ``onnx.ModelProto``.
-
-    Args:
-        allow_changed: also accept a file of ours that another tool has changed since it was exported.
+def load_onnx(path: str | Path):
+    """Read any tool's ONNX file as an ``onnx.ModelProto``.
 
     Raises:
-        FileNotFoundError: if there is no such file. ValueError: if it is not a whole, valid ONNX model, or was changed.
+        ModuleNotFoundError: without onnx. FileNotFoundError: if there is no such file. ValueError: if it is not an ONNX model, or
+        :func:`check_contents` refuses it.
     """
-    import onnx
-    path = existing_file(path, "model file")
     try:
+        import onnx
+    except ModuleNotFoundError as e:
+        raise ModuleNotFoundError("reading an ONNX file needs onnx: pip install 'granq-plugin[export]'", name="onnx") from e
+    path = existing_file(path, "model file")
+    with _readable(path):
         model = onnx.load(path, load_external_data=False)
         check_contents(model)
+        if not model.graph.node:  # an empty or cut file can still be a valid message
+            raise ValueError("it holds no graph")
+    return model
+
+
+def read_onnx(path: str | Path, allow_changed: bool = False):
+    """Read a valid ONNX file, which is as it was exported.
+
+    Args:
+        allow_changed: also accept a file of ours that another tool has changed since.
+
+    Raises:
+        ModuleNotFoundError, FileNotFoundError, ValueError: see :func:`load_onnx`; ValueError also if ONNX's checker refuses it, or
+        it was changed.
+    """
+    model = load_onnx(path)
+    import onnx
+    with _readable(path):
         onnx.checker.check_model(model)
-    except Exception as e:  # protobuf's DecodeError, the checker's ValidationError...
-        raise ValueError(
-            f"{str(path)!r} is not a readable ONNX model: it is damaged, or another kind of file ({reason_of(e)})") from e
-    if not model.graph.node:  # an empty or cut file can still be a valid message
-        raise ValueError(f"{str(path)!r} is not a readable ONNX model: it holds no graph")
     expected = metadata_of(model).get(DIGEST)
     if expected is not None and not allow_changed:
         unsigned = onnx.ModelProto()
@@ -78,6 +94,15 @@ def read_onnx(path: str | Path, allow_changed: bool = False):
         if _digest(unsigned) != expected:
             raise ValueError(f"{str(path)!r} was changed after it was exported: its contents do not have the SHA-256 that it names")
     return model
+
+
+@contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:  # protobuf's DecodeError, the checker's ValidationError...
+        raise ValueError(
+            f"{str(path)!r} is not a readable ONNX model: it is damaged, or another kind of file ({reason_of(e)})") from e
 
 
 def check_contents(model) -> None:
