@@ -4,7 +4,8 @@
 
 ResNet-20 on CIFAR-10 test images in memory, through ``zoo.evaluate``: float, and W4A4 with dynamic, static and folded activations,
 in both memory formats; "loading" is the same without a network: batches, normalization, counting. Ranges come from random images,
-which changes accuracy but not speed. Networks take turns; medians. Replaces the rows of this device, threads and --compile in
+which changes accuracy but not speed. Networks take turns; medians. With ``--compile cudagraphs`` the time to record a batch is part
+of each turn. Replaces the rows of this device, threads (on the CPU) and --compile in
 ``benchmarks/results/evaluate.csv``, and writes the chart and the table in docs/results.md.
 """
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from benchmarks.readme import replace_table
 from benchmarks.rows import read, write
 from granq_plugin.atomic import atomic_path
+from granq_plugin.cli.options import compile_option
 
 RESULTS = Path(__file__).parent / "results"
 MARKER = "evaluate: written by python -m benchmarks.evaluate"
@@ -120,8 +122,7 @@ def read_rows(path: Path = RESULTS / "evaluate.csv") -> list[dict]:
 @click.option("--repeats", type=click.IntRange(min=3), default=3, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
-@click.option("--compile", type=click.Choice(["off", "cudagraphs"]), default="off", show_default=True,
-              help="cudagraphs: on a GPU, the forward of a batch is recorded once and launched as one.")
+@compile_option
 def main(data, weights, bits, count, batch_size, repeats, device, threads, compile) -> None:
     import zoo
     from zoo.data import load_images
@@ -142,7 +143,8 @@ def main(data, weights, bits, count, batch_size, repeats, device, threads, compi
             f"{medians[kind] / medians['float']:.3f}", f"{max(s) - min(s):.1f}", repeats))) for kind, s in speeds.items()]
         for row in rows[-len(KINDS):]:
             click.echo(row)
-    rows = [r for r in read_rows(path) if tuple(r[k] for k in KEYS[:3]) != (name, str(threads), compile)] + rows
+    replaced = {_setting({k: str(v) for k, v in r.items()}) for r in rows}
+    rows = [r for r in read_rows(path) if _setting(r) not in replaced] + rows
     rows.sort(key=lambda r: (r["device"], int(r["threads"]), r["compile"]))
     write(path, FIELDS, rows)
     plot(read_rows(path), RESULTS / "evaluate.png")

@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, get_args, get_origin, get_type_hints
 
@@ -67,8 +68,15 @@ class Preprocessing:
             raise ValueError(f"images are {found}, the network takes {size}x{size}")
         if images.shape[1] != c:
             raise ValueError(f"images have {images.shape[1]} channels, the network takes {c}")
-        mean, std = (torch.tensor(v, device=images.device).view(1, c, 1, 1) for v in (self.mean, self.std))
+        mean, std = (_per_channel(v, images.device) for v in (self.mean, self.std))
         return (images / 255 - mean) / std
+
+
+@lru_cache(maxsize=64)
+def _per_channel(values: tuple[float, ...], device: object) -> Tensor:
+    """``[1, C, 1, 1]``; kept, since a GPU waits for every copy to it."""
+    import torch
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
 DATASETS = {

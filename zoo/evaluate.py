@@ -16,9 +16,9 @@ from zoo.card import Preprocessing
 from zoo.data import ImageSet
 from zoo.image_folder import FolderImages
 
-__all__ = ["COMPILE", "Accuracy", "check_images", "default_batch_size", "evaluate", "input_batches", "wilson_interval"]
+__all__ = ["Accuracy", "check_compile", "check_images", "default_batch_size", "evaluate", "input_batches", "wilson_interval"]
 
-COMPILE = ("off", "cudagraphs")
+_COMPILE = ("off", "cudagraphs")
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,15 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 def default_batch_size(preprocessing: Preprocessing) -> int:
     """Images of a forward: 250, or 50 of 64 pixels and more."""
     return 250 if preprocessing.image_size < 64 else 50
+
+
+def check_compile(compile: str, device: torch.device, world: int = 1) -> None:
+    """Raise what :func:`evaluate` raises for a ``compile`` that is unknown, or cannot be on this device, or in one of ``world``
+    processes."""
+    if compile not in _COMPILE:
+        raise ValueError(f"compile must be one of {', '.join(_COMPILE)}, got {compile!r}")
+    if compile == "cudagraphs":
+        check_device(device, "network", world)
 
 
 def check_images(data: "ImageSet | FolderImages", preprocessing: Preprocessing) -> None:
@@ -120,16 +129,17 @@ def evaluate(
     if not len(data):
         raise ValueError(f"no images in {data.source!r}")
     rank, world = (parallel.rank(), parallel.world_size()) if distributed else (0, 1)
-    _check_compile(compile, torch.device(device), world)
+    check_compile(compile, torch.device(device), world)
     model = fuse_batch_norm(model.to(device).eval())
     whole = RecordedStep(model, warm_up=1) if compile == "cudagraphs" else model
     hits, seen = torch.zeros(2, dtype=torch.int64, device=device), 0
     start = time.perf_counter()
     with weights_quantized_once(model):
         for images, y in data.batches(batch_size, rank, world):
-            logits = (whole if len(y) == batch_size else model)(preprocessing(images.to(device)))
-            is_hit = logits.topk(min(5, logits.shape[1])).indices == y.to(device)[:, None]
-            hits += torch.stack([is_hit[:, 0].sum(), is_hit.sum()])  # stays there: a GPU need not wait for Python
+            images, labels = images.to(device), y.to(device)[:, None]  # both before there is work that a copy would wait for
+            logits = (whole if len(y) == batch_size else model)(preprocessing(images))
+            is_hit = logits.topk(min(5, logits.shape[1])).indices == labels
+            hits += torch.stack([is_hit[:, 0].sum(), is_hit.sum()])  # stays there
             seen += len(y)
             if progress:
                 progress(len(y))
@@ -139,12 +149,3 @@ def evaluate(
         dist.all_reduce(shared)
         counts = shared.cpu()
     return Accuracy(*counts.tolist(), time.perf_counter() - start)
-
-
-def _check_compile(compile: str, device: torch.device, world: int) -> None:
-    if compile not in COMPILE:
-        raise ValueError(f"compile must be one of {', '.join(COMPILE)}, got {compile!r}")
-    if compile == "cudagraphs":
-        check_device(device, "network")
-        if world > 1:
-            raise ValueError(f"compile='cudagraphs' is for one process, and these are {world}: use off")

@@ -67,6 +67,7 @@ def evaluate(name, weight_bits, act_bits, weight_regime, static, calibration_dat
 
     with input_errors():
         device = open_device(device)
+        zoo.evaluate.check_compile(compile, device)
         if threads:
             torch.set_num_threads(threads)
         test_set = zoo.data.load_images(data, card.dataset, card=card)

@@ -100,13 +100,14 @@ def evaluate(name, data, weights, tolerance, update_card, batch_size, device, co
     with input_errors():
         from granq_plugin.zero_shot import parallel
         from zoo.data import load_images
-        from zoo.evaluate import default_batch_size
+        from zoo.evaluate import check_compile, default_batch_size
         from zoo.evaluate import evaluate as count
         from zoo.publish import comparison, measured, write_card
         from zoo.registry import get_card, get_model
         from zoo.weights import sha256
         card = get_card(name, zoo_dir)
         device = open_device(join_ranks(device))
+        check_compile(compile, device, parallel.world_size())
         if threads:
             torch.set_num_threads(threads)
         model = get_model(name, pretrained=weights is None, weights=weights, zoo_dir=zoo_dir)

@@ -147,9 +147,9 @@ def _hls4ml(model):
     wrapper = cleanup_model(ModelWrapper(with_input_shapes(body, {input_name: [1, *shape[1:]]})).transform(InferShapes()))
     channels, *space = wrapper.get_tensor_shape(wrapper.graph.output[0].name)[1:]
     wrapper = cleanup_model(wrapper.transform(ConvertToChannelsLastAndClean(make_input_channels_last=True)))
-    folder = tempfile.TemporaryDirectory(prefix="granq_hls4ml_")
+    folder, printed = tempfile.TemporaryDirectory(prefix="granq_hls4ml_"), io.StringIO()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints every layer
+        with contextlib.redirect_stdout(printed):  # every layer, and what the compiler says
             config = hls4ml.utils.config_from_onnx_model(
                 wrapper, granularity="name", backend="Vitis", default_precision="fixed<48,16>")
             firmware = hls4ml.converters.convert_from_onnx_model(
@@ -157,7 +157,8 @@ def _hls4ml(model):
             firmware.compile()
     except Exception as e:  # anything: assertions, KeyErrors, the compiler's messages
         folder.cleanup()
-        raise ValueError(f"hls4ml does not take this model: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}") from e
+        said = " / ".join(filter(None, map(str.strip, printed.getvalue().splitlines()[-5:])))
+        raise ValueError(f"hls4ml does not take this model: {type(e).__name__}: {reason_of(e)}; it printed: {said}") from e
 
     def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         x = np.ascontiguousarray(inputs[input_name].transpose(0, 2, 3, 1))

@@ -12,14 +12,16 @@ from torch import Tensor
 __all__ = ["RecordedStep", "check_device"]
 
 
-def check_device(device: torch.device, network: str) -> None:
-    """Raise a ValueError, before work starts, where nothing can be recorded."""
+def check_device(device: torch.device, network: str, world: int = 1) -> None:
+    """Raise a ValueError, before work starts, where nothing can be recorded: without a GPU, or in one of several processes."""
     if device.type != "cuda":
         raise ValueError(f"compile='cudagraphs' needs a GPU; the {network} is on {device}")
+    if world > 1:
+        raise ValueError(f"compile='cudagraphs' is for one process, and these are {world}: use off")
     current = torch.cuda.current_device()
     if device.index not in (None, current):
         raise ValueError(f"compile='cudagraphs' records on the current GPU, cuda:{current}, and the {network} is on {device}; "
-                         f"CUDA_VISIBLE_DEVICES={device.index} makes it the only one")
+                         f"with CUDA_VISIBLE_DEVICES={device.index} it is cuda:0")
 
 
 class RecordedStep:

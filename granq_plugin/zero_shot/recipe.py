@@ -188,9 +188,7 @@ def _check(student: nn.Module, teacher: nn.Module, config: ZeroShotConfig, image
         raise ValueError(f"scale_headroom={config.scale_headroom:g} is for learned scales, and the student has none: "
                          "GranQActPerChannelStatic.let(learned_scale=True)")
     if config.compile == "cudagraphs":
-        check_device(like.device, "teacher")
-        if parallel.world_size() > 1:
-            raise ValueError(f"compile='cudagraphs' is for one process, and these are {parallel.world_size()}: use off or default")
+        check_device(like.device, "teacher", parallel.world_size())
     with torch.no_grad():
         try:
             logits = teacher(torch.zeros(2, *shape, device=like.device, dtype=like.dtype))

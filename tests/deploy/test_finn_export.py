@@ -1,6 +1,7 @@
 """export_finn(): what FINN reads, or the reason why it is not."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -41,7 +42,8 @@ def test_datatypes_are_annotated_and_layers_read_integers(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="hls4ml's simulation is compiled with g++")
 @pytest.mark.filterwarnings("ignore")
-def test_hls4ml_simulation_agrees(tmp_path):
+def test_hls4ml_simulation_agrees(tmp_path, monkeypatch, capfd):
+    """Without its prints; of a compiler that fails, with what it says."""
     pytest.importorskip("hls4ml", reason="needs the extra hls")
     net = nn.Sequential(
         nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
@@ -53,6 +55,13 @@ def test_hls4ml_simulation_agrees(tmp_path):
     agreement, = result.agreements
     assert agreement.close == agreement.top1 == 20 and agreement.integers is None and result.agrees
     assert agreement.hls4ml_integers == (20 * 6 * 16, 20 * 6 * 16) and "leave hls4ml, end to end: 1920 of 1920" in str(result)
+    assert capfd.readouterr().out == ""
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\necho the compiler is ill\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(ValueError, match="hls4ml does not take this model: .* it printed: .*the compiler is ill"):
+        verify(path, model, x, executors=("hls4ml", ))
 
 
 class Opposite(nn.Module):

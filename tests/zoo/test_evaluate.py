@@ -11,7 +11,7 @@ import zoo
 from granq_plugin.zero_shot.graphs import check_device
 from zoo.card import Preprocessing
 from zoo.data import ImageSet, load_images
-from zoo.evaluate import evaluate, input_batches, wilson_interval
+from zoo.evaluate import check_compile, evaluate, input_batches, wilson_interval
 from zoo.weights import load_weights
 
 PREPROCESSING = Preprocessing(2, (0.1, 0.2, 0.3), (0.5, 0.4, 0.2))
@@ -67,7 +67,7 @@ class Recorded:
 def test_whole_batches_are_recorded(monkeypatch, batch_size, recorded):
     steps = []
     monkeypatch.setattr("zoo.evaluate.RecordedStep", lambda *args, **kwargs: steps.append(Recorded(*args, **kwargs)) or steps[-1])
-    monkeypatch.setattr("zoo.evaluate.check_device", lambda device, network: None)
+    monkeypatch.setattr("zoo.evaluate.check_device", lambda *args: None)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
     data = ImageSet(images(), torch.randint(0, 8, (23, )), "memory")
@@ -84,13 +84,11 @@ def test_what_cannot_be_recorded_is_refused(monkeypatch):
         evaluate(nn.Flatten(), data, PREPROCESSING, compile="cudagraphs")
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     check_device(torch.device("cuda"), "network"), check_device(torch.device("cuda:0"), "network")
-    with pytest.raises(ValueError, match="current GPU, cuda:0, and the network is on cuda:1; CUDA_VISIBLE_DEVICES=1"):
+    with pytest.raises(ValueError, match="current GPU, cuda:0, and the network is on cuda:1; with CUDA_VISIBLE_DEVICES=1 it"):
         check_device(torch.device("cuda:1"), "network")
-    monkeypatch.setattr("zoo.evaluate.check_device", lambda device, network: None)
-    monkeypatch.setattr("granq_plugin.zero_shot.parallel.rank", lambda: 0)
-    monkeypatch.setattr("granq_plugin.zero_shot.parallel.world_size", lambda: 2)
-    with pytest.raises(ValueError, match="for one process, and these are 2"):
-        evaluate(nn.Flatten(), data, PREPROCESSING, distributed=True, compile="cudagraphs")
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(ValueError, match="for one process, and these are 2: use off"):
+            check_compile("cudagraphs", torch.device(device), 2)
 
 
 def test_the_published_network_reaches_its_accuracy_on_real_images(data_dir):
