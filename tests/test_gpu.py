@@ -28,7 +28,8 @@ if not torch.cuda.is_available():
 LAYOUTS = [
     ((4, 33, 17, 9), None), ((4, 33, 17, 9), torch.channels_last), ((2, 3, 128, 128), None), ((1, 2, 181, 181), None),
     ((1, 5, 181, 181), torch.channels_last), ((64, 100), None), ((3, 7, 300), None), ((8, 64, 7, 7), None), ((4, 20, 14, 14), None),
-    ((2, 70, 112, 112), torch.channels_last), ((100, 40, 20, 20), torch.channels_last)]
+    ((2, 70, 112, 112), torch.channels_last), ((100, 40, 20, 20), torch.channels_last), ((5, 40, 28, 28), torch.channels_last),
+    ((5, 96, 14, 14), torch.channels_last), ((5, 96, 7, 7), torch.channels_last), ((2, 64, 15, 15), torch.channels_last)]
 BEFORES = [Before(), Before(relu=True), Before(relu=True, max_val=0.9), Before(min_val=-0.5, max_val=0.7)]
 
 

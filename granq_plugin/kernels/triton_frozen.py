@@ -51,8 +51,7 @@ def _frozen(
         columns, channels, lowest, highest, low, high, above, below, nan_passes, NORM: tl.constexpr, CLAMP: tl.constexpr,
         MASK: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     address, inside, channel = _tile(rows, columns, ROWS, BLOCK, channels, INNER)
-    ones = tl.full([ROWS, BLOCK], 1.0, tl.float32)
-    scale = tl.load(scale_ptr + channel) * ones
+    scale = tl.broadcast_to(tl.load(scale_ptr + channel), [ROWS, BLOCK])
     zero_point = tl.load(zero_point_ptr + channel)
     alpha, beta = _norm_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, channel, NORM)
     x, passes = _values(
@@ -70,7 +69,7 @@ def _frozen_backward(
         grad_ptr, out_ptr, mask_ptr, scale_ptr, rows, columns, channels, INNER: tl.constexpr, ROWS: tl.constexpr,
         BLOCK: tl.constexpr):
     address, inside, channel = _tile(rows, columns, ROWS, BLOCK, channels, INNER)
-    scale = tl.load(scale_ptr + channel) * tl.full([ROWS, BLOCK], 1.0, tl.float32)
+    scale = tl.broadcast_to(tl.load(scale_ptr + channel), [ROWS, BLOCK])
     grad = tl.load(grad_ptr + address, mask=inside, other=0.0).to(tl.float32)
     passes = tl.load(mask_ptr + address, mask=inside, other=0) != 0
     out = tl.where(passes, tl.div_rn(grad * scale, scale), 0.0)
@@ -114,7 +113,7 @@ def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, in
              ahead: Ahead | None, needs_mask: bool) -> tuple[Tensor, Tensor | None]:
     y, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool) if needs_mask else None
     norm, norms, eps = norm_arguments(x, ahead)
-    launch = _forward_launch(layout, x.dtype, x.device, limits, before, norm, eps, needs_mask)
+    launch = _forward_launch(layout, x.dtype, x.device, tuple(limits), before, norm, eps, needs_mask)
     launch(x, y, mask.view(torch.int8) if needs_mask else x, scale, zero_point, *norms)
     return y, mask
 

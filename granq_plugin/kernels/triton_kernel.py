@@ -21,12 +21,13 @@ from granq_plugin.kernels.layout import Ahead, Before, Layout
 from granq_plugin.kernels.triton_launch import Launch
 from granq_plugin.kernels.triton_math import (
     _ends,
-    _norm_of,
+    _norms_of,
     _places,
     _quantized,
-    _range_of,
+    _ranges_of,
     _stored,
     _values,
+    _wider,
     clamp_kind,
     level_arguments,
     norm_arguments,
@@ -38,31 +39,72 @@ _LARGEST = 16384  # values of a tile
 
 
 @triton.jit
-def _rows(
-        t, x_ptr, y_ptr, mask_ptr, scale_ptr, zero_point_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, residual_ptr, eps, channels,
-        row_stride, sample_stride, step, n, tiles, half_levels, overflow, smallest, low, high, above, below, largest, nan_passes,
-        NORM: tl.constexpr, CLAMP: tl.constexpr, MASK: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, EVEN: tl.constexpr,
-        ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Quantizes tile t: some channels of a sample."""
-    sample = t // tiles
-    channel = t % tiles * ROWS + tl.arange(0, ROWS)
-    exists = channel < channels
-    x_ptr += sample.to(tl.int64) * sample_stride
-    y_ptr += sample.to(tl.int64) * sample_stride
-    mask_ptr += sample.to(tl.int64) * sample_stride
-    residual_ptr += sample.to(tl.int64) * sample_stride
-    alpha, beta = _norm_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, tl.minimum(channel, channels - 1), NORM)
-    address, inside = _places(channel, tl.arange(0, BLOCK), channels, row_stride, step, n, EVEN)
+def _block(
+        first, x_ptr, mask_ptr, residual_ptr, alpha, beta, channel, channels, row_stride, step, n, low, high, above, below,
+        nan_passes, NORM: tl.constexpr, CLAMP: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """Values of rows, from the first on, where they are, which are there, and what to find their ends in."""
+    address, inside = _places(channel, first + tl.arange(0, BLOCK), channels, row_stride, step, n, EVEN)
     x, passes = _values(
         x_ptr, residual_ptr, address, inside, alpha[:, None], beta[:, None], low, high, above, below, nan_passes, NORM, CLAMP)
     if MASK:
         tl.store(mask_ptr + address, passes.to(tl.int8), mask=inside)
-    lo, hi = _ends(x, inside, EVEN)
-    scale, inv_scale, offset, fast = _range_of(lo, hi, exists, half_levels, overflow, smallest, FAST)
+    least, most = _ends(x, inside, EVEN)
+    return x, address, inside, least, most
+
+
+@triton.jit
+def _folded(least, most, other_least, other_most):
+    """Ends in a block and in a shorter one, which are then to be found in that one: a thread has what it compares."""
+    ROWS: tl.constexpr = least.shape[0]
+    BLOCK: tl.constexpr = other_least.shape[1]
+    if least.shape[1] > BLOCK:
+        PARTS: tl.constexpr = least.shape[1] // BLOCK
+        least, most = tl.reduce(
+            (tl.reshape(least, [ROWS, PARTS, BLOCK]), tl.reshape(most, [ROWS, PARTS, BLOCK])), 1, _wider)
+    return _wider(least, most, other_least, other_most)
+
+
+@triton.jit
+def _rows(
+        t, x_ptr, y_ptr, mask_ptr, scale_ptr, zero_point_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, residual_ptr, eps, channels,
+        row_stride, sample_stride, step, n, tiles, half_levels, overflow, smallest, low, high, above, below, largest, nan_passes,
+        NORM: tl.constexpr, CLAMP: tl.constexpr, MASK: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, EVEN: tl.constexpr,
+        FULL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr):
+    """Quantizes tile t: some channels of a sample, a row each, in one to three blocks."""
+    sample = t // tiles
+    first = t % tiles * ROWS
+    channel = first + tl.arange(0, ROWS)
+    exists = tl.full([ROWS], 1, tl.int1) if FULL else channel < channels
+    x_ptr += sample.to(tl.int64) * sample_stride
+    y_ptr += sample.to(tl.int64) * sample_stride
+    mask_ptr += sample.to(tl.int64) * sample_stride
+    residual_ptr += sample.to(tl.int64) * sample_stride
+    alpha, beta = _norms_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, first, channels, NORM, ROWS)
+    x, address, inside, least, most = _block(
+        0, x_ptr, mask_ptr, residual_ptr, alpha, beta, channel, channels, row_stride, step, n, low, high, above, below, nan_passes,
+        NORM, CLAMP, MASK, FULL if SECOND else EVEN, BLOCK)
+    if SECOND:
+        x2, address2, inside2, least2, most2 = _block(
+            BLOCK, x_ptr, mask_ptr, residual_ptr, alpha, beta, channel, channels, row_stride, step, n, low, high, above, below,
+            nan_passes, NORM, CLAMP, MASK, FULL if THIRD else EVEN, SECOND)
+        least, most = _folded(least, most, least2, most2)
+    if THIRD:
+        x3, address3, inside3, least3, most3 = _block(
+            BLOCK + SECOND, x_ptr, mask_ptr, residual_ptr, alpha, beta, channel, channels, row_stride, step, n, low, high, above,
+            below, nan_passes, NORM, CLAMP, MASK, EVEN, THIRD)
+        least, most = _folded(least, most, least3, most3)
+    lo, hi = tl.reduce((least, most), 1, _wider)
+    scale, inv_scale, offset, fast = _ranges_of(lo, hi, exists, half_levels, overflow, smallest, FAST)
     tl.store(scale_ptr + sample * channels + channel, scale, mask=exists)
     tl.store(zero_point_ptr + sample * channels + channel, 0.0 - offset, mask=exists)
     y = _quantized(x, scale[:, None], inv_scale[:, None], offset[:, None], fast, largest, NARROW)
     tl.store(y_ptr + address, _stored(y, y_ptr.dtype.element_ty), mask=inside)
+    if SECOND:
+        y = _quantized(x2, scale[:, None], inv_scale[:, None], offset[:, None], fast, largest, NARROW)
+        tl.store(y_ptr + address2, _stored(y, y_ptr.dtype.element_ty), mask=inside2)
+    if THIRD:
+        y = _quantized(x3, scale[:, None], inv_scale[:, None], offset[:, None], fast, largest, NARROW)
+        tl.store(y_ptr + address3, _stored(y, y_ptr.dtype.element_ty), mask=inside3)
 
 
 @triton.jit
@@ -70,22 +112,24 @@ def _granq(
         x_ptr, y_ptr, mask_ptr, scale_ptr, zero_point_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, residual_ptr, eps, channels,
         row_stride, sample_stride, step, n, tiles, half_levels, overflow, smallest, low, high, above, below, largest, nan_passes,
         total, programs, NORM: tl.constexpr, CLAMP: tl.constexpr, MASK: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr,
-        EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+        EVEN: tl.constexpr, FULL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr,
+        STAGES: tl.constexpr):
     if STAGES == 1:
         _rows(tl.program_id(0), x_ptr, y_ptr, mask_ptr, scale_ptr, zero_point_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr,
               residual_ptr, eps, channels, row_stride, sample_stride, step, n, tiles, half_levels, overflow, smallest, low, high,
-              above, below, largest, nan_passes, NORM, CLAMP, MASK, NARROW, FAST, EVEN, ROWS, BLOCK)
+              above, below, largest, nan_passes, NORM, CLAMP, MASK, NARROW, FAST, EVEN, FULL, ROWS, BLOCK, SECOND, THIRD)
     else:  # the next tiles are on their way while one is quantized
         for t in tl.range(tl.program_id(0), total, programs, num_stages=STAGES):
             _rows(t, x_ptr, y_ptr, mask_ptr, scale_ptr, zero_point_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, residual_ptr, eps,
                   channels, row_stride, sample_stride, step, n, tiles, half_levels, overflow, smallest, low, high, above, below,
-                  largest, nan_passes, NORM, CLAMP, MASK, NARROW, FAST, EVEN, ROWS, BLOCK)
+                  largest, nan_passes, NORM, CLAMP, MASK, NARROW, FAST, EVEN, FULL, ROWS, BLOCK, SECOND, THIRD)
 
 
 class Tile(NamedTuple):
-    """What a program has: rows, places for the values of each, warps; loads on their way at a time, while it quantizes others."""
+    """What a program has: rows, places for the values of each (in up to three blocks), warps; loads on their way at a time, while
+    it quantizes others."""
     rows: int
-    block: int
+    blocks: tuple[int, int, int]
     warps: int
     stages: int = 1
 
@@ -109,7 +153,15 @@ def _tile(layout: Layout, item_size: int, loads: int, shared_memory: int) -> Til
     # of 4 bytes at least are loads that go on beside other work: single values, where wider loads may not begin
     alone = item_size < 4 and (layout.channels if side_by_side else n) % 16 != 0
     stages = 3 if rows * block == _LARGEST and not alone and buffers + 3 * 2**13 <= shared_memory else 1
-    return Tile(rows, block, max(1, min(16, warps)), stages)
+    return Tile(rows, _powers(n) if side_by_side else (block, 0, 0), max(1, min(16, warps)), stages)
+
+
+def _powers(n: int) -> tuple[int, int, int]:
+    """Powers of two for n places; the last one may have some more."""
+    first = 1 << n.bit_length() - 1
+    second = 1 << (n - first).bit_length() - 1 if n > first else 0
+    left = n - first - second
+    return first, second, triton.next_power_of_2(left) if left else 0
 
 
 def reads(layout: Layout, item_size: int) -> int:
@@ -149,9 +201,11 @@ def _launch(layout: Layout, dtype: torch.dtype, device: torch.device, bit_width:
     tiles = triton.cdiv(channels, tile.rows)
     total = samples * tiles
     programs = total if tile.stages == 1 else min(total, processors)
+    full = channels % tile.rows == 0
+    block, second, third = tile.blocks
     return Launch(_granq, (programs, ), (eps, *geometry, tiles, *numbers, total, programs), constants | dict(
-        ROWS=tile.rows, BLOCK=tile.block, EVEN=n % tile.block == 0 and channels % tile.rows == 0, STAGES=tile.stages,
-        num_warps=tile.warps, num_stages=tile.stages))
+        EVEN=full and sum(tile.blocks) == n, FULL=full, ROWS=tile.rows, BLOCK=block, SECOND=second, THIRD=third,
+        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages))
 
 
 def _forward(x: Tensor, bit_width: int, layout: Layout, before: Before, ahead: Ahead | None, needs_mask: bool):

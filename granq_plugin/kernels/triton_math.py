@@ -67,6 +67,33 @@ def _norm_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, channel, NORM: tl.con
 
 
 @triton.jit
+def _own_rows(ROWS: tl.constexpr):
+    """Which of ROWS rows, four or more, a thread computes something of; all of them are computed in every 32 threads, or in all."""
+    return tl.arange(0, 32 if ROWS < 32 else ROWS) % ROWS
+
+
+@triton.jit
+def _of_all(value, ROWS: tl.constexpr):
+    """What others have computed of the rows that a thread needs."""
+    return tl.gather(value, tl.arange(0, ROWS), 0)
+
+
+@triton.jit
+def _norms_of(
+        mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, first, channels, NORM: tl.constexpr, ROWS: tl.constexpr):
+    """The same of ROWS channels, from the first on, of which each thread needs several."""
+    if (NORM == 0) | (ROWS < 4):
+        alpha, beta = _norm_of(
+            mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, tl.minimum(first + tl.arange(0, ROWS), channels - 1), NORM)
+    else:
+        alpha, beta = _norm_of(
+            mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, tl.minimum(first + _own_rows(ROWS), channels - 1), NORM)
+        alpha = _of_all(alpha, ROWS)
+        beta = _of_all(beta, ROWS)
+    return alpha, beta
+
+
+@triton.jit
 def _stored(y, dtype: tl.constexpr):
     """y in the dtype of the output, rounded to nearest even: a GPU's conversion to bfloat16 does that too, the interpreter's cuts
     off."""
@@ -86,8 +113,7 @@ def _values(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     x = tl.load(x_ptr + address, mask=inside, other=0.0).to(tl.float32)
     if NORM > 0:
-        zeros = tl.zeros(x.shape, tl.float32)
-        x = _stored(tl.fma(x, alpha + zeros, beta + zeros), dtype).to(tl.float32)
+        x = _stored(tl.fma(x, tl.broadcast_to(alpha, x.shape), tl.broadcast_to(beta, x.shape)), dtype).to(tl.float32)
     if NORM == 2:
         x += tl.load(residual_ptr + address, mask=inside, other=0.0).to(tl.float32)
         x = _stored(x, dtype).to(tl.float32)
@@ -107,18 +133,18 @@ def _places(channel, place, channels, row_stride, step, n, EVEN: tl.constexpr):
 
 @triton.jit
 def _ends(x, inside, EVEN: tl.constexpr):
-    """The least and the largest value that is there, of each row."""
+    """x twice, to find the least and the largest value that is there."""
     least = x
     most = x
     if not EVEN:
         least = tl.where(inside, x, float("inf"))
         most = tl.where(inside, x, float("-inf"))
-    return tl.reduce((least, most), 1, _wider)
+    return least, most
 
 
 @triton.jit
-def _range_of(lo, hi, exists, half_levels, overflow, smallest, FAST: tl.constexpr):
-    """Scales of rows, their inverses, offsets, and whether :func:`_on_grid_fast` may be used for all that exist; see
+def _range_of(lo, hi, half_levels, overflow, smallest, FAST: tl.constexpr):
+    """Scales of rows, their inverses, offsets, and whether :func:`_on_grid_fast` may be used for all; see
     functional.inverse_scale."""
     half = hi * 0.5 - lo * 0.5
     half = tl.where(half < smallest, smallest, half)
@@ -128,13 +154,32 @@ def _range_of(lo, hi, exists, half_levels, overflow, smallest, FAST: tl.constexp
     inv_scale = tl.div_rn(one, divisor) * half_levels
     offset = _round(inv_scale * lo)
     moderate = (inv_scale > 1e-15) & (inv_scale < 1e15) & (tl.abs(offset) < 2097152.0)  # not for NaN
-    fast = tl.min(tl.where(moderate | (exists == 0), FAST, 0), axis=0) == 1
+    fast = tl.min(tl.where(moderate, FAST, 0), axis=0) == 1
     return tl.div_rn(one, inv_scale), inv_scale, offset, fast
 
 
 @triton.jit
+def _ranges_of(lo, hi, exists, half_levels, overflow, smallest, FAST: tl.constexpr):
+    """The same of rows of which each thread needs several, and many need the same: every thread computes that of one, and they
+    tell each other. Rows that are not there have the range 0, which is moderate."""
+    ROWS: tl.constexpr = lo.shape[0]
+    lo = tl.where(exists, lo, 0.0)
+    hi = tl.where(exists, hi, 0.0)
+    if ROWS < 4:
+        scale, inv_scale, offset, fast = _range_of(lo, hi, half_levels, overflow, smallest, FAST)
+    else:
+        own = _own_rows(ROWS)
+        scale, inv_scale, offset, fast = _range_of(
+            tl.gather(lo, own, 0), tl.gather(hi, own, 0), half_levels, overflow, smallest, FAST)
+        scale = _of_all(scale, ROWS)
+        inv_scale = _of_all(inv_scale, ROWS)
+        offset = _of_all(offset, ROWS)
+    return scale, inv_scale, offset, fast
+
+
+@triton.jit
 def _on_grid(x, inv_scale, offset):
-    return tl.div_rn(_round(x * inv_scale - offset) + offset, inv_scale + tl.zeros(x.shape, tl.float32))
+    return tl.div_rn(_round(x * inv_scale - offset) + offset, tl.broadcast_to(inv_scale, x.shape))
 
 
 @triton.jit
@@ -142,11 +187,11 @@ def _on_grid_fast(x, inv_scale, offset, scale):
     """The same of moderate values, without branches: adding and subtracting 1.5 * 2^23 rounds, and a quotient that is corrected by
     its exact remainder, with the correctly rounded reciprocal, is the correctly rounded one (Markstein 1990)."""
     y = ((x * inv_scale - offset) + 12582912.0) - 12582912.0 + offset
-    divisor = inv_scale + tl.zeros(x.shape, tl.float32)
-    reciprocal = scale + tl.zeros(x.shape, tl.float32)
+    negated = tl.broadcast_to(-inv_scale, x.shape)
+    reciprocal = tl.broadcast_to(scale, x.shape)
     q = y * reciprocal
-    q = tl.fma(tl.fma(-q, divisor, y), reciprocal, q)
-    return tl.fma(tl.fma(-q, divisor, y), reciprocal, q)
+    q = tl.fma(tl.fma(q, negated, y), reciprocal, q)
+    return tl.fma(tl.fma(q, negated, y), reciprocal, q)
 
 
 @triton.jit

@@ -42,7 +42,9 @@ def _granq_short(
     of_place = tl.minimum(tl.arange(0, BLOCK), N - 1)[:, None] + (tl.arange(0, ROWS) * N)[None, :]
     by_row = tl.reshape(tl.gather(x, tl.reshape(of_place, [BLOCK * ROWS]), 0), [BLOCK, ROWS])
     lo, hi = tl.reduce((by_row, by_row), 0, _wider)
-    scale, inv_scale, offset, fast = _range_of(lo, hi, exists, half_levels, overflow, smallest, FAST)
+    lo = tl.where(exists, lo, 0.0)  # a range that is moderate
+    hi = tl.where(exists, hi, 0.0)
+    scale, inv_scale, offset, fast = _range_of(lo, hi, half_levels, overflow, smallest, FAST)
     tl.store(scale_ptr + row, scale, mask=exists)
     tl.store(zero_point_ptr + row, 0.0 - offset, mask=exists)
     y = _quantized(

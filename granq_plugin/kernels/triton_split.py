@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from granq_plugin.kernels.triton_launch import Launch
-from granq_plugin.kernels.triton_math import _ends, _norm_of, _places, _quantized, _range_of, _stored, _values
+from granq_plugin.kernels.triton_math import _ends, _norms_of, _places, _quantized, _ranges_of, _stored, _values, _wider
 
 __all__ = ["launch"]
 
@@ -42,11 +42,12 @@ def _part(
         ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Values of a part, where their gradients pass, where they are, which are there, their rows, and which of those are there."""
     sample = unit // parts // tiles
-    channel = unit // parts % tiles * ROWS + tl.arange(0, ROWS)
+    first = unit // parts % tiles * ROWS
+    channel = first + tl.arange(0, ROWS)
     place = unit % parts * BLOCK + tl.arange(0, BLOCK)
     address, inside = _places(channel, place, channels, row_stride, step, n, EVEN)
     address = sample.to(tl.int64) * sample_stride + address
-    alpha, beta = _norm_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, tl.minimum(channel, channels - 1), NORM)
+    alpha, beta = _norms_of(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, first, channels, NORM, ROWS)
     x, passes = _values(
         x_ptr, residual_ptr, address, inside, alpha[:, None], beta[:, None], low, high, above, below, nan_passes, NORM, CLAMP)
     return x, passes, address, inside, sample * channels + channel, channel < channels
@@ -58,14 +59,14 @@ def _granq_split(
         negated_ptr, done_ptr, ticket_ptr, eps, channels, row_stride, sample_stride, step, n, tiles, half_levels, overflow,
         smallest, low, high, above, below, largest, nan_passes, parts, units, lag, NORM: tl.constexpr, CLAMP: tl.constexpr,
         MASK: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    ticket = tl.atomic_add(ticket_ptr, 1)
+    ticket = tl.atomic_add(ticket_ptr, 1, sem="relaxed")
     if ticket < units:
         x, passes, address, inside, row, exists = _part(
             ticket, x_ptr, residual_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, channels, row_stride, sample_stride, step, n,
             tiles, parts, low, high, above, below, nan_passes, NORM, CLAMP, EVEN, ROWS, BLOCK)
         if MASK:
             tl.store(mask_ptr + address, passes.to(tl.int8), mask=inside)
-        lo, hi = _ends(x, inside, EVEN)
+        lo, hi = tl.reduce(_ends(x, inside, EVEN), 1, _wider)
         tl.atomic_max(most_ptr + row, _key(hi), mask=exists, sem="relaxed")
         tl.atomic_max(negated_ptr + row, _key(-lo), mask=exists, sem="relaxed")
         tl.debug_barrier()  # all threads' ranges before the count
@@ -79,7 +80,7 @@ def _granq_split(
             tiles, parts, low, high, above, below, nan_passes, NORM, CLAMP, EVEN, ROWS, BLOCK)
         lo = -_value(tl.load(negated_ptr + row, mask=exists, other=0, cache_modifier=".cg"))
         hi = _value(tl.load(most_ptr + row, mask=exists, other=0, cache_modifier=".cg"))
-        scale, inv_scale, offset, fast = _range_of(lo, hi, exists, half_levels, overflow, smallest, FAST)
+        scale, inv_scale, offset, fast = _ranges_of(lo, hi, exists, half_levels, overflow, smallest, FAST)
         if unit % parts == 0:
             tl.store(scale_ptr + row, scale, mask=exists)
             tl.store(zero_point_ptr + row, 0.0 - offset, mask=exists)

@@ -12,7 +12,7 @@ torch.manual_seed(0)
 # so that small tensors take all ways
 triton_kernel._LARGEST, triton_split._TILE, triton_split._LAG, triton_short._LONGEST, triton_short._TILE = 256, 64, 128, 32, 64
 cl = torch.channels_last
-shapes = [((2, 1, 100), None, 1), ((2, 3, 8, 8), None, 3), ((1, 33, 3, 5), cl, 3), ((1, 3, 6, 7), cl, 3),
+shapes = [((2, 1, 100), None, 1), ((2, 3, 8, 8), None, 3), ((1, 33, 3, 5), cl, 3), ((1, 3, 6, 7), cl, 3), ((2, 3, 7, 7), cl, 3),
           ((1, 2, 300), None, "split"), ((1, 5, 6, 6), cl, "split"), ((2, 3, 5, 5), None, "short"), ((3, 7), None, "short")]
 cases = [(s, f, way, d, b, p) for s, f, way in shapes
          for d in ((torch.float32, torch.bfloat16, torch.float16) if s == (3, 7) else (torch.float32, torch.bfloat16))
@@ -34,6 +34,10 @@ for shape, memory_format, way, dtype, before, poison in cases:
     incoming = torch.randn(shape).to(dtype)
     actual.value.backward(incoming), expected.value.backward(incoming)
     oracles.assert_equal(a.grad, b.grad)
+for n in range(1, 5000):
+    blocks = triton_kernel._powers(n)
+    assert all(b & (b - 1) == 0 for b in blocks) and sorted(blocks, reverse=True) == list(blocks)
+    assert n <= sum(blocks) <= 2 ** (n - 1).bit_length() and (sum(blocks) == n) >= (n.bit_count() <= 3)
 assert {kernels.backend(torch.ones(2, 3, 4).to(t)) for t in (torch.float64, torch.float8_e4m3fn)} == {"eager"}
 print(len(cases))
 """
@@ -88,7 +92,7 @@ def interpreter():
 def test_triton_in_its_interpreter(interpreter, run_python):
     """Rows on chip, on their way while others are quantized, shared by programs, short ones; channels_last, rows of a matrix, all
     dtypes, NaN and Inf: equal to torch's operations."""
-    assert run_python(_TRITON, TRITON_INTERPRET="1", GRANQ_KERNEL="triton").split()[-1] == "51"
+    assert run_python(_TRITON, TRITON_INTERPRET="1", GRANQ_KERNEL="triton").split()[-1] == "57"
 
 
 def test_triton_of_a_batch_norm_ahead_in_its_interpreter(interpreter, run_python):
@@ -143,44 +147,49 @@ from benchmarks import gpu_launches
 from granq_plugin import kernels
 from granq_plugin.kernels import IDENTITY, Ahead, Before, triton_launch
 
-def twice(self, *tensors):
-    found = len(runs)
-    call(self, *tensors), call(self, *tensors)
-    assert launched[-1] == launched[-2]
-    assert len(runs) <= found + 1  # the second did not ask Triton
-
-launched, runs = [], []
-gpu_launches.pretend(lambda call: launched.append([a.data_ptr() if isinstance(a, torch.Tensor) else a for a in call]))
-call, triton_launch.Launch.__call__ = triton_launch.Launch.__call__, twice
-run, JITFunction.run = JITFunction.run, lambda self, *args, **kwargs: runs.append(self) or run(self, *args, **kwargs)
-for shape, memory_format in (((2, 3, 8, 8), None), ((2, 3, 7, 7), None), ((1, 64, 130, 130), None),
-                             ((1, 16, 32, 32), "channels_last")):
-    x, residual = torch.randn(2, *shape).unbind()
-    if memory_format:
-        x, residual = (t.to(memory_format=getattr(torch, memory_format)) for t in (x, residual))
-    ahead = Ahead(*torch.ones(4, shape[1]), 1e-5, residual)
-    for before, a in ((IDENTITY, None), (Before(relu=True), ahead)):
-        x.requires_grad_()
-        kernels.granq(x, 4, 1, before, a)
-        kernels.affine_quantize(x, *torch.ones(2, shape[1]), (0, 15), 1, before, a).sum().backward()
+def compared(self, *tensors):
     count = len(runs)
-    kernels.granq(x, 5, 1, before, a), kernels.granq(x, 4, 1, before, a)
-    assert len(runs) == count + 1
-values = torch.randn(101)
-aligned, other = values[:100].view(2, 5, 10), values[1:].view(2, 5, 10)
-functions = []
-for x in (aligned, other, aligned, other):
-    kernels.granq(x, 4)
-    functions.append(launched[-1][0])
-assert functions[:2] == functions[2:] and functions[0] != functions[1]
+    call(self, *tensors)
+    asked.append(len(runs) - count)
+    self._kernel[self._grid](*tensors, *self._numbers, **self._constants)  # as Triton chooses
+    assert launched[-1] == launched[-2], (self._kernel, self._constants)
+
+launched, runs, asked = [], [], []
+gpu_launches.pretend(lambda call: launched.append([a.data_ptr() if isinstance(a, torch.Tensor) else a for a in call]))
+call, triton_launch.Launch.__call__ = triton_launch.Launch.__call__, compared
+run, JITFunction.run = JITFunction.run, lambda self, *args, **kwargs: runs.append(self) or run(self, *args, **kwargs)
+
+def placed(shape, dtype, skipped):  # some values behind the beginning of their memory
+    return torch.randn(torch.Size(shape).numel() + skipped).to(dtype)[skipped:].view(shape)
+
+cases = [((2, 3, 8, 8), d, s) for d, s in ((torch.float32, (0, 0)), (torch.float32, (1, 0)), (torch.float32, (0, 1)),
+                                           (torch.float16, (0, 0)))]
+cases += [(shape, torch.float32, (0, 0)) for shape in ((2, 3, 7, 7), (1, 64, 130, 130), (1, 20, 20, 16), (1, 40, 40, 8))]
+for shape, dtype, skipped in cases:
+    x, residual = (placed(shape, dtype, s) for s in skipped)
+    if shape[1] in (20, 40):
+        x, residual = x.permute(0, 3, 1, 2), residual.permute(0, 3, 1, 2)  # channels_last
+    channels = x.shape[1]
+    norm = torch.ones(4, channels)
+    for before, ahead in ((IDENTITY, None), *((Before(relu=True), Ahead(*norm, eps, residual)) for eps in (1e-5, 1e-3))):
+        for wanted, call_it in ((set(), lambda: kernels.granq(x.requires_grad_(), 4, 1, before, ahead).value),
+                                ({0.0, 15.0}, lambda: kernels.affine_quantize(x, *norm[:2], (0, 15), 1, before, ahead))):
+            y = call_it()
+            numbers = {a for a in launched[-1] if type(a) is float}
+            assert numbers >= (wanted | {ahead.eps} if ahead else wanted)
+        y.sum().backward()
+del asked[:]
+for bits in (4, 5, 4, 5):
+    kernels.granq(x, bits, 1, before, ahead)
+assert asked == [0, 1, 0, 0]  # Triton is asked once for each
 print(len(launched))
 """
 
 
 def test_a_kernel_is_launched_again_without_triton_with_what_it_had_at_first(run_python):
-    """By a driver that launches nothing; a tensor that begins elsewhere has a kernel of its own."""
+    """By a driver that launches nothing; of tensors that begin anywhere, dtypes, and numbers of a BatchNorm."""
     pytest.importorskip("triton", reason="triton is not installed")
-    assert int(run_python(_TRITON_LAUNCHES).split()[-1]) > 50
+    assert int(run_python(_TRITON_LAUNCHES).split()[-1]) > 100
 
 
 @pytest.mark.parametrize("which, option", [(w, o) for w in ("dynamic", "frozen", "backward") for o in (False, True)]
@@ -197,8 +206,10 @@ def test_triton_compiles_for_a_gpu_without_fused_operations(which, option, norm)
     pointers = {"mask_ptr": "*i8", "most_ptr": "*u32", "negated_ptr": "*u32", "done_ptr": "*i32", "ticket_ptr": "*i32"}
     kernel = {"dynamic": triton_kernel._granq, "frozen": triton_frozen._frozen, "backward": triton_frozen._frozen_backward,
               "short": triton_short._granq_short, "split": triton_split._granq_split}[which]
-    constants = dict(NORM=norm, CLAMP=2, MASK=True, NARROW=False, FAST=1, EVEN=option, ROWS=4, BLOCK=1024, STAGES=1 + 2 * option,
-                     INNER=7 * option, N=999)
+    constants = dict(NORM=norm, CLAMP=2, MASK=True, NARROW=False, FAST=1, EVEN=option, FULL=option, ROWS=4, BLOCK=512, SECOND=256,
+                     THIRD=256, STAGES=1 + 2 * option, INNER=7 * option, N=499)
+    if which != "dynamic":
+        constants["BLOCK"] = 1024
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else "fp32" if name in numbers else
                  pointers.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in kernel.arg_names}
