@@ -21,6 +21,7 @@ from benchmarks import (
     finn_plus,
     fusion,
     gpu_bytes,
+    gpu_code,
     gpu_launches,
     headline,
     quantizer,
@@ -157,6 +158,23 @@ def test_launches_are_timed_without_a_gpu():
             "for r in rows) > 0)")
     done = subprocess.run([sys.executable, "-c", code], cwd=readme.ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["10", "5", "True", "True"], done.stderr
+
+
+def test_the_table_of_gpu_code_is_the_committed_csv_s():
+    rows = gpu_code.read(gpu_code.RESULTS / "gpu_code.csv")
+    assert readme.current_table(gpu_code.MARKER) == gpu_code.table(rows)
+    assert len(rows) == len(gpu_code.SHAPES) * len(gpu_code.FORMATS)
+    assert not any(int(r["spilled_bytes"]) for r in rows) and min(int(r["resident_threads"]) for r in rows) >= 256
+
+
+def test_gpu_code_is_counted_without_a_gpu():
+    """A block of 8 rows of 64 places on a warp: 16 values of a thread, each with more than the formula's ten instructions."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    code = ("from benchmarks import gpu_code as g; g.pretend(); r = g.measure((2, 8, 8, 8), 'contiguous_format'); "
+            "print(r['kernel'], r['values'], r['threads'], r['instructions'] > 160, r['spilled_bytes'], float(r['per_value']) == "
+            "round(r['instructions'] / 16, 1))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=readme.ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["granq", "512", "32", "True", "0", "True"], done.stderr
 
 
 def test_the_fusion_table_is_the_committed_csv_s():
