@@ -184,9 +184,10 @@ def _on_grid(x, inv_scale, offset):
 
 @triton.jit
 def _on_grid_fast(x, inv_scale, offset, scale):
-    """The same of moderate values, without branches: adding and subtracting 1.5 * 2^23 rounds, and a quotient that is corrected by
-    its exact remainder, with the correctly rounded reciprocal, is the correctly rounded one (Markstein 1990)."""
-    y = ((x * inv_scale - offset) + 12582912.0) - 12582912.0 + offset
+    """The same of moderate values, without branches: adding 1.5 * 2^23 rounds, and subtracting an integer of that size is exact. A
+    quotient that is corrected by its exact remainder, with the correctly rounded reciprocal, is the correctly rounded one
+    (Markstein 1990)."""
+    y = ((x * inv_scale - offset) + 12582912.0) - (12582912.0 - offset)
     negated = tl.broadcast_to(-inv_scale, x.shape)
     reciprocal = tl.broadcast_to(scale, x.shape)
     q = y * reciprocal

@@ -43,6 +43,22 @@ print(len(cases))
 """
 
 
+_AS_ON_A_GPU = """
+import numpy as np
+from triton.runtime import interpreter
+from granq_plugin.kernels import triton_kernel, triton_launch, triton_short, triton_split
+
+def fma(self, x, y, z):  # the interpreter's rounds twice; here a product is exact
+    return interpreter.TensorHandle((x.data.astype(np.longdouble) * y.data + z.data).astype(np.float32), z.dtype.scalar)
+
+def launch(kernel, grid, numbers, constants):
+    return triton_launch.Launch(kernel, grid, numbers, constants | dict(FAST=1))
+
+interpreter.InterpreterBuilder.create_fma = fma
+triton_kernel.Launch = triton_short.Launch = triton_split.Launch = launch
+"""
+
+
 _TRITON_AHEAD = """
 import torch
 from granq_plugin import functional as GF, kernels
@@ -89,10 +105,11 @@ def interpreter():
     pytest.importorskip("triton", "3.5", reason="Triton 3.5 is not installed (older interpreters fail on numpy 2.4)")
 
 
-def test_triton_in_its_interpreter(interpreter, run_python):
+@pytest.mark.parametrize("first", ["", _AS_ON_A_GPU], ids=["division", "corrected quotient"])
+def test_triton_in_its_interpreter(interpreter, run_python, first):
     """Rows on chip, on their way while others are quantized, shared by programs, short ones; channels_last, rows of a matrix, all
-    dtypes, NaN and Inf: equal to torch's operations."""
-    assert run_python(_TRITON, TRITON_INTERPRET="1", GRANQ_KERNEL="triton").split()[-1] == "57"
+    dtypes, NaN and Inf: equal to torch's operations, by division as by the correction of quotients that a GPU does."""
+    assert run_python(first + _TRITON, TRITON_INTERPRET="1", GRANQ_KERNEL="triton").split()[-1] == "57"
 
 
 def test_triton_of_a_batch_norm_ahead_in_its_interpreter(interpreter, run_python):
