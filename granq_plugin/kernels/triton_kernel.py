@@ -86,7 +86,7 @@ def _rows(
     if SECOND:
         x2, address2, inside2, least2, most2 = _block(
             BLOCK, x_ptr, mask_ptr, residual_ptr, alpha, beta, channel, channels, row_stride, step, n, low, high, above, below,
-            nan_passes, NORM, CLAMP, MASK, FULL if THIRD else EVEN, SECOND)
+            nan_passes, NORM, CLAMP, MASK, FULL, SECOND)
         least, most = _folded(least, most, least2, most2)
     if THIRD:
         x3, address3, inside3, least3, most3 = _block(
