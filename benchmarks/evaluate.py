@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.readme import replace_table
-from benchmarks.rows import read, write
+from benchmarks.rows import device_of, read, write
 from granq_plugin.atomic import atomic_path
 from granq_plugin.cli.options import compile_option
 
@@ -83,10 +83,7 @@ def table(rows: list[dict]) -> str:
 
 def _setting(row: dict) -> str:
     """What stands above its column, and in the legend."""
-    device = row["device"]
-    if device == "cpu":
-        device += f", {row['threads']} thread" + "s" * (int(row["threads"]) > 1)
-    return ", ".join((device, *["CUDA graphs"] * (row["compile"] == "cudagraphs"), row["memory_format"]))
+    return f"{device_of(row)}, {row['memory_format']}"
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -143,7 +140,7 @@ def main(data, weights, bits, count, batch_size, repeats, device, threads, compi
             f"{medians[kind] / medians['float']:.3f}", f"{max(s) - min(s):.1f}", repeats))) for kind, s in speeds.items()]
         for row in rows[-len(KINDS):]:
             click.echo(row)
-    replaced = {_setting({k: str(v) for k, v in r.items()}) for r in rows}
+    replaced = set(map(_setting, rows))
     rows = [r for r in read_rows(path) if _setting(r) not in replaced] + rows
     rows.sort(key=lambda r: (r["device"], int(r["threads"]), r["compile"]))
     write(path, FIELDS, rows)

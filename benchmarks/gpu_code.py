@@ -5,7 +5,7 @@
 The kernels that tensors of the benchmark's shapes would be quantized by, compiled for compute capability 9.0 with a driver that
 launches nothing (:mod:`benchmarks.gpu_launches`) and disassembled: registers of a thread, what it spills, shared memory of a
 program, threads that a multiprocessor has room for, and instructions for each value. Those of both ways to a grid are counted, of
-which a program takes one (triton_math._quantized). Writes ``gpu_code.csv`` into ``benchmarks/results``, and the table in
+which a program takes one (triton_math._quantize). Writes ``gpu_code.csv`` into ``benchmarks/results``, and the table in
 docs/results.md. Needs triton, but no GPU.
 """
 
@@ -17,7 +17,8 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks.gpu_launches import pretend
+from benchmarks import fusion
+from benchmarks.gpu_launches import launching, pretend
 from benchmarks.quantizer import column_head
 from benchmarks.readme import replace_table
 from benchmarks.rows import read, write
@@ -25,7 +26,7 @@ from benchmarks.rows import read, write
 RESULTS = Path(__file__).parent / "results"
 MARKER = "gpu-code: written by python -m benchmarks.gpu_code"
 SHAPES = ((64, 64, 32, 32), (64, 256, 56, 56), (128, 64, 112, 112), (64, 512, 28, 28), (64, 1024, 14, 14), (64, 2048, 7, 7))
-FORMATS = ("contiguous_format", "channels_last")
+FORMATS = fusion.FORMATS
 FIELDS = ("shape", "memory_format", "kernel", "registers", "spilled_bytes", "shared_bytes", "threads", "resident_threads",
           "values", "instructions", "per_value")
 REGISTERS, SHARED, THREADS = 65536, 233472, 2048  # of a multiprocessor
@@ -34,27 +35,18 @@ REGISTERS, SHARED, THREADS = 65536, 233472, 2048  # of a multiprocessor
 def compiled_for(shape: tuple[int, ...], memory_format: str):
     """The launch of the dynamic quantizer with a ReLU, without gradients, and its compiled kernel. After :func:`pretend`."""
     from granq_plugin import kernels
-    from granq_plugin.kernels import Before, triton_launch
+    from granq_plugin.kernels import Before
     x = torch.empty(2, *shape[1:], memory_format=getattr(torch, memory_format))
     kept = []
-    call = triton_launch.Launch.__call__
-
-    def kept_call(self, *tensors):
-        call(self, *tensors)
-        kept.append(self)
-    triton_launch.Launch.__call__ = kept_call
-    try:
-        with torch.no_grad():
-            kernels.granq(x, 4, 1, Before(relu=True))
-    finally:
-        triton_launch.Launch.__call__ = call
-    return kept[0], next(iter(kept[0]._compiled.values()))
+    with torch.no_grad(), launching(lambda launch, *tensors: kept.append((launch, launch.by_triton(*tensors)))):
+        kernels.granq(x, 4, 1, Before(relu=True))
+    return kept[0]
 
 
 def measure(shape: tuple[int, ...], memory_format: str) -> dict:
     """A row; registers as the hardware gives them out, 8 at a time."""
     launch, compiled = compiled_for(shape, memory_format)
-    constants, n = launch._constants, shape[2] * shape[3]
+    constants, n = launch.constants, shape[2] * shape[3]
     blocks = [constants.get(name, 0) for name in ("BLOCK", "SECOND", "THIRD")]
     values = constants["ROWS"] * min(n, sum(blocks))
     registers, spilled, instructions = disassembled(compiled.asm["cubin"])
@@ -62,7 +54,7 @@ def measure(shape: tuple[int, ...], memory_format: str) -> dict:
     shared = compiled.metadata.shared
     programs = min(REGISTERS // (-(-registers // 8) * 8 * threads), THREADS // threads, SHARED // (shared + 1024), 32)
     return dict(zip(FIELDS, (
-        "x".join(map(str, shape)), memory_format, launch._kernel.fn.__name__.removeprefix("_"), registers, spilled, shared, threads,
+        "x".join(map(str, shape)), memory_format, launch.kernel.fn.__name__.removeprefix("_"), registers, spilled, shared, threads,
         threads * programs, values, instructions, f"{instructions * threads / values:.1f}")))
 
 

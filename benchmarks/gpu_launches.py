@@ -13,7 +13,8 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -75,6 +76,17 @@ def pretend(launched: Callable[[tuple], object] = lambda call: None) -> None:
     os.environ["GRANQ_KERNEL"] = "triton"
 
 
+@contextmanager
+def launching(call: Callable) -> Iterator[None]:
+    """Within it, ``call(launch, *tensors)`` is what every launch of our kernels does."""
+    from granq_plugin.kernels.triton_launch import Launch
+    before, Launch.__call__ = Launch.__call__, call
+    try:
+        yield
+    finally:
+        Launch.__call__ = before
+
+
 def calls() -> dict[str, Callable]:
     """What is timed, by what it is called in the table."""
     import brevitas.nn as qnn
@@ -101,22 +113,15 @@ def calls() -> dict[str, Callable]:
 def measure(rounds: int, repeats: int = 500) -> list[dict]:
     """Rows of all calls."""
     from granq_plugin.kernels.triton_launch import Launch
-    again = Launch.__call__
-
-    def by_triton(self, *tensors) -> None:
-        self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
-    times = {}
-    try:
-        for _ in range(rounds + 1):  # the first compiles
-            for (name, call), (launch, how) in itertools.product(calls().items(), (("again", again), ("triton", by_triton))):
-                Launch.__call__ = how
+    ways, times = dict(again=Launch.__call__, triton=Launch.by_triton), {}
+    for _ in range(rounds + 1):  # the first compiles
+        for (name, call), (launch, how) in itertools.product(calls().items(), ways.items()):
+            with launching(how):
                 call()
                 start = time.perf_counter()
                 for _ in range(repeats):
                     call()
                 times.setdefault((name, launch), []).append((time.perf_counter() - start) / repeats * 1e6)
-    finally:
-        Launch.__call__ = again
     return [dict(zip(FIELDS, (*key, *(f"{v:.2f}" for v in (statistics.median(t[1:]), min(t[1:]), max(t[1:]))), rounds)))
             for key, t in times.items()]
 

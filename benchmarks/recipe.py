@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from benchmarks.readme import replace_table
-from benchmarks.rows import read, write
+from benchmarks.rows import device_of, read, write
 
 RESULTS = Path(__file__).parent / "results"
 MARKER = "recipe: written by python -m benchmarks.recipe"
@@ -91,7 +91,7 @@ def profile(published, training, noise, labels, repeats: int, device: str) -> li
 def table(rows: list[dict]) -> str:
     """Iterations per second of both loops."""
     lines = ["| network | device | batch | published loop | ours | ratio |", "|---|---|---|---|---|---|"]
-    lines += [f"| {r['network']} | {_device(r)} | {r['batch_size']} | {1000 / float(r['published_ms']):.2f} it/s | "
+    lines += [f"| {r['network']} | {device_of(r)} | {r['batch_size']} | {1000 / float(r['published_ms']):.2f} it/s | "
               f"{1000 / float(r['ours_ms']):.2f} it/s | {float(r['ratio']):.2f}x |" for r in rows]
     return "\n".join(lines)
 
@@ -100,7 +100,7 @@ def profile_table(rows: list[dict]) -> str:
     """Milliseconds by phase, published -> ours, a column for each setting."""
     settings = list(dict.fromkeys(_key(r) for r in rows))
     cells = {(_key(r), r["phase"]): f"{float(r['published_ms']):.0f} → {float(r['ours_ms']):.0f}" for r in rows}
-    heads = [f"{s[0]}, {_device(dict(zip(KEYS, s)))}, batch {s[3]}" for s in settings]
+    heads = [f"{s[0]}, {device_of(dict(zip(KEYS, s)))}, batch {s[3]}" for s in settings]
     lines = ["| ms: published → ours | " + " | ".join(heads) + " |", "|---" * (len(settings) + 1) + "|"]
     lines += [f"| {phase} | " + " | ".join(cells[s, phase] for s in settings) + " |"
               for phase in dict.fromkeys(r["phase"] for r in rows)]
@@ -110,12 +110,6 @@ def profile_table(rows: list[dict]) -> str:
 def tables() -> str:
     """What stands in docs/results.md."""
     return table(read_rows()) + "\n\n" + profile_table(read_rows(RESULTS / "recipe_profile.csv"))
-
-
-def _device(row: dict) -> str:
-    if row["device"] == "cpu":
-        return f"cpu, {row['threads']} thread{'s' if int(row['threads']) > 1 else ''}"
-    return row["device"] + (", CUDA graphs" if row["compile"] == "cudagraphs" else "")
 
 
 def _key(row: dict) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from granq_plugin.atomic import atomic_path
 
-__all__ = ["read", "write"]
+__all__ = ["device_of", "read", "write"]
 
 
 def read(path: Path) -> list[dict]:
@@ -24,3 +24,10 @@ def write(path: Path, fields: Sequence[str], rows: Iterable[dict]) -> None:
         writer = csv.DictWriter(f, fields, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def device_of(row: dict) -> str:
+    """What tables call the device of a row (``device``, ``threads``, ``compile``)."""
+    if row["device"] == "cpu":
+        return f"cpu, {row['threads']} thread{'s' if int(row['threads']) > 1 else ''}"
+    return row["device"] + (", CUDA graphs" if row["compile"] == "cudagraphs" else "")

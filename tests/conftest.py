@@ -3,7 +3,9 @@
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,18 @@ def exact_compiler(compiler):
     """As ``compiler``, for tests of equal bits."""
     if torch.__version__ < (2, 9):
         pytest.skip("the compiler of torch 2.8 fuses multiplications with additions: its results are not the same bits")
+
+
+@pytest.fixture
+def run_python() -> Callable[..., str]:
+    """Of a program, in a process of its own, what it prints; keywords are environment variables."""
+    def run(code: str, **env: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | dict(PYTHONPATH=str(Path(__file__).parent)) | env,
+            cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -19,22 +19,21 @@ _TYPES = {f"{kind}{bits}": np.dtype(f"{name}{bits}") for kind, name in (("b", "u
 _RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
 _FUNCTIONS = {
-    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "and": operator.and_, "or": operator.or_, "xor": operator.xor,
-    "div": operator.truediv, "min": np.minimum, "max": np.maximum, "neg": operator.neg, "abs": np.abs, "not": operator.invert,
-    "sqrt": np.sqrt}
+    "add": operator.add, "sub": operator.sub, "and": operator.and_, "or": operator.or_, "xor": operator.xor, "min": np.minimum,
+    "max": np.maximum, "neg": operator.neg, "abs": np.abs, "not": operator.invert, "sqrt": np.sqrt}
 _COMPARISONS = {"eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge}
 
 
 def execute(launch, tensors: tuple[torch.Tensor, ...]) -> None:
     """What ``launch(*tensors)`` of granq_plugin.kernels.triton_launch does on a GPU; after it has compiled its kernel."""
-    compiled = launch._compiled[tuple(t.data_ptr() % 16 == 0 for t in tensors)]
-    values = dict(zip(launch._kernel.arg_names, (*tensors, *launch._rest)))
+    compiled = launch.compiled(tensors)
+    values = dict(zip(launch.kernel.arg_names, (*tensors, *launch.arguments)))
     kinds = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}
     arguments = [np.uint64(values[name].data_ptr()) if kind.startswith("*") else kinds[kind](values[name])
                  for name, kind in compiled.src.signature.items() if kind != "constexpr"]
     machine = Machine(compiled.asm["ptx"], arguments, compiled.metadata.shared, tensors)
-    for y in range(launch._grid[1]):
-        for x in range(launch._grid[0]):
+    for y in range(launch.grid[1]):
+        for x in range(launch.grid[0]):
             machine.run(x, y)
 
 
@@ -246,8 +245,8 @@ class Machine:
 
     def _product(self, words, operands, mask, kind) -> None:
         wide = kind if not {"wide", "hi"} & set(words) else kind[0] + str(2 * int(kind[1:]))
-        for_pairs = [self.read(o, kind) for o in operands[1:3]]
-        values = [a * b if wide == kind else a.astype(_TYPES[wide]) * b.astype(_TYPES[wide]) for a, b in zip(*for_pairs)]
+        factors = [self.read(o, kind) for o in operands[1:3]]
+        values = [a * b if wide == kind else a.astype(_TYPES[wide]) * b.astype(_TYPES[wide]) for a, b in zip(*factors)]
         if "hi" in words:
             values, wide = [(v >> np.array(8 * _TYPES[kind].itemsize, v.dtype)).astype(_TYPES[kind]) for v in values], kind
         if words[0] == "mad":
@@ -274,12 +273,14 @@ class Machine:
         self.write(operands[0], [value >> np.array(32 - length, value.dtype)], kind, mask)
 
     def _shl(self, words, operands, mask, kind) -> None:
-        a = self.read(operands[1], kind)[0]
-        self.write(operands[0], [a << self.read(operands[2], "u32")[0].astype(a.dtype)], kind, mask)
+        self._shift(operator.lshift, operands, mask, kind)
 
     def _shr(self, words, operands, mask, kind) -> None:
+        self._shift(operator.rshift, operands, mask, kind)
+
+    def _shift(self, function, operands, mask, kind) -> None:
         a = self.read(operands[1], kind)[0]
-        self.write(operands[0], [a >> self.read(operands[2], "u32")[0].astype(a.dtype)], kind, mask)
+        self.write(operands[0], [function(a, self.read(operands[2], "u32")[0].astype(a.dtype))], kind, mask)
 
     def _prmt(self, words, operands, mask, kind) -> None:
         a, b, choice = (self.read(o, "u32")[0].astype(np.uint64) for o in operands[1:4])

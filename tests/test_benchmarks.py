@@ -2,8 +2,6 @@
 
 import csv
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -150,14 +148,13 @@ def test_the_table_of_launches_is_the_committed_csv_s():
     assert us["torch.clone", "again"] < us["GranQ, dynamic", "again"] < us["GranQ, dynamic", "triton"]
 
 
-def test_launches_are_timed_without_a_gpu():
+def test_launches_are_timed_without_a_gpu(run_python):
     """In a process of its own, which takes its tensors for a GPU's."""
     pytest.importorskip("triton", reason="triton is not installed")
     code = ("from benchmarks import gpu_launches as g; from granq_plugin.kernels.triton_launch import Launch; f = Launch.__call__;"
             "g.pretend(); rows = g.measure(3, 2); print(len(rows), len(g.calls()), Launch.__call__ is f, min(float(r['low_us']) "
             "for r in rows) > 0)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=readme.ROOT, capture_output=True, text=True)
-    assert done.stdout.split() == ["10", "5", "True", "True"], done.stderr
+    assert run_python(code).split() == ["10", "5", "True", "True"]
 
 
 def test_the_table_of_gpu_code_is_the_committed_csv_s():
@@ -167,14 +164,13 @@ def test_the_table_of_gpu_code_is_the_committed_csv_s():
     assert not any(int(r["spilled_bytes"]) for r in rows) and min(int(r["resident_threads"]) for r in rows) >= 256
 
 
-def test_gpu_code_is_counted_without_a_gpu():
+def test_gpu_code_is_counted_without_a_gpu(run_python):
     """A block of 8 rows of 64 places on a warp: 16 values of a thread, each with more than the formula's ten instructions."""
     pytest.importorskip("triton", reason="triton is not installed")
     code = ("from benchmarks import gpu_code as g; g.pretend(); r = g.measure((2, 8, 8, 8), 'contiguous_format'); "
             "print(r['kernel'], r['values'], r['threads'], r['instructions'] > 160, r['spilled_bytes'], float(r['per_value']) == "
             "round(r['instructions'] / 16, 1))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=readme.ROOT, capture_output=True, text=True)
-    assert done.stdout.split() == ["granq", "512", "32", "True", "0", "True"], done.stderr
+    assert run_python(code).split() == ["granq", "512", "32", "True", "0", "True"]
 
 
 def test_the_fusion_table_is_the_committed_csv_s():

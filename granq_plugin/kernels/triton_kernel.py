@@ -23,9 +23,8 @@ from granq_plugin.kernels.triton_math import (
     _ends,
     _norms_of,
     _places,
-    _quantized,
+    _quantize,
     _ranges_of,
-    _stored,
     _values,
     _wider,
     clamp_kind,
@@ -97,14 +96,14 @@ def _rows(
     scale, inv_scale, offset, fast = _ranges_of(lo, hi, exists, half_levels, overflow, smallest, FAST)
     tl.store(scale_ptr + sample * channels + channel, scale, mask=exists)
     tl.store(zero_point_ptr + sample * channels + channel, 0.0 - offset, mask=exists)
-    y = _quantized(x, scale[:, None], inv_scale[:, None], offset[:, None], fast, largest, NARROW)
-    tl.store(y_ptr + address, _stored(y, y_ptr.dtype.element_ty), mask=inside)
+    _quantize(
+        y_ptr, address, inside, x, scale[:, None], inv_scale[:, None], offset[:, None], fast, largest, NARROW)
     if SECOND:
-        y = _quantized(x2, scale[:, None], inv_scale[:, None], offset[:, None], fast, largest, NARROW)
-        tl.store(y_ptr + address2, _stored(y, y_ptr.dtype.element_ty), mask=inside2)
+        _quantize(
+            y_ptr, address2, inside2, x2, scale[:, None], inv_scale[:, None], offset[:, None], fast, largest, NARROW)
     if THIRD:
-        y = _quantized(x3, scale[:, None], inv_scale[:, None], offset[:, None], fast, largest, NARROW)
-        tl.store(y_ptr + address3, _stored(y, y_ptr.dtype.element_ty), mask=inside3)
+        _quantize(
+            y_ptr, address3, inside3, x3, scale[:, None], inv_scale[:, None], offset[:, None], fast, largest, NARROW)
 
 
 @triton.jit

@@ -20,19 +20,33 @@ class Launch:
         constants: its constexpr parameters and Triton's options, by name.
 
     A launch is for tensors of one device, and always of the same dtypes.
+
+    Attributes:
+        kernel, grid (three sizes), constants: as given. arguments: all after the tensors, in the kernel's order.
     """
 
     def __init__(self, kernel: triton.JITFunction, grid: tuple[int, ...], numbers: tuple, constants: dict) -> None:
-        self._kernel, self._grid, self._numbers, self._constants = kernel, (*grid, 1, 1)[:3], numbers, constants
-        self._rest = *numbers, *(constants[name] for name in kernel.arg_names if name in constants)
+        self.kernel, self.grid, self.constants, self._numbers = kernel, (*grid, 1, 1)[:3], constants, numbers
+        self.arguments = *numbers, *(constants[name] for name in kernel.arg_names if name in constants)
         self._compiled: dict[tuple[bool, ...], CompiledKernel] = {}
 
     def __call__(self, *tensors: Tensor) -> None:
-        aligned = tuple([t.data_ptr() % 16 == 0 for t in tensors])
-        compiled = self._compiled.get(aligned)
+        compiled = self.compiled(tensors)
         if compiled is not None:
-            compiled[self._grid](*tensors, *self._rest)
+            compiled[self.grid](*tensors, *self.arguments)
             return
-        compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
+        compiled = self.by_triton(*tensors)
         if isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
-            self._compiled[aligned] = compiled
+            self._compiled[_alignment(tensors)] = compiled
+
+    def compiled(self, tensors: tuple[Tensor, ...]) -> CompiledKernel | None:
+        """The kernel for these tensors; None before their first launch."""
+        return self._compiled.get(_alignment(tensors))
+
+    def by_triton(self, *tensors: Tensor) -> CompiledKernel | None:
+        """The same launch where Triton looks for the compiled kernel, or compiles it; returns it."""
+        return self.kernel[self.grid](*tensors, *self._numbers, **self.constants)
+
+
+def _alignment(tensors: tuple[Tensor, ...]) -> tuple[bool, ...]:
+    return tuple([t.data_ptr() % 16 == 0 for t in tensors])

@@ -196,15 +196,15 @@ def _on_grid_fast(x, inv_scale, offset, scale):
 
 
 @triton.jit
-def _quantized(x, scale, inv_scale, offset, fast, largest, NARROW: tl.constexpr):
-    """x on the grids of its ranges, with which it can be broadcast."""
+def _quantize(y_ptr, address, inside, x, scale, inv_scale, offset, fast, largest, NARROW: tl.constexpr):
+    """Stores x on the grids of its ranges, with which it can be broadcast."""
     if fast:
         y = _on_grid_fast(x, inv_scale, offset, scale)
     else:
         y = _on_grid(x, inv_scale, offset)
     if NARROW:
         y = _least(_largest(y, -largest), largest)
-    return y
+    tl.store(y_ptr + address, _stored(y, y_ptr.dtype.element_ty), mask=inside)
 
 
 def clamp_kind(before: Before) -> int:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from granq_plugin.kernels.triton_launch import Launch
-from granq_plugin.kernels.triton_math import _norm_of, _quantized, _range_of, _stored, _values, _wider
+from granq_plugin.kernels.triton_math import _norm_of, _quantize, _range_of, _values, _wider
 
 __all__ = ["launch", "suits"]
 
@@ -47,9 +47,9 @@ def _granq_short(
     scale, inv_scale, offset, fast = _range_of(lo, hi, half_levels, overflow, smallest, FAST)
     tl.store(scale_ptr + row, scale, mask=exists)
     tl.store(zero_point_ptr + row, 0.0 - offset, mask=exists)
-    y = _quantized(
-        x, tl.gather(scale, of_row, 0), tl.gather(inv_scale, of_row, 0), tl.gather(offset, of_row, 0), fast, largest, NARROW)
-    tl.store(y_ptr + address, _stored(y, y_ptr.dtype.element_ty), mask=inside)
+    _quantize(
+        y_ptr, address, inside, x, tl.gather(scale, of_row, 0), tl.gather(inv_scale, of_row, 0), tl.gather(offset, of_row, 0), fast,
+        largest, NARROW)
 
 
 def suits(n: int) -> bool:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from granq_plugin.kernels.triton_launch import Launch
-from granq_plugin.kernels.triton_math import _ends, _norms_of, _places, _quantized, _ranges_of, _stored, _values, _wider
+from granq_plugin.kernels.triton_math import _ends, _norms_of, _places, _quantize, _ranges_of, _values, _wider
 
 __all__ = ["launch"]
 
@@ -84,8 +84,8 @@ def _granq_split(
         if unit % parts == 0:
             tl.store(scale_ptr + row, scale, mask=exists)
             tl.store(zero_point_ptr + row, 0.0 - offset, mask=exists)
-        y = _quantized(x, scale[:, None], inv_scale[:, None], offset[:, None], fast, largest, NARROW)
-        tl.store(y_ptr + address, _stored(y, y_ptr.dtype.element_ty), mask=inside)
+        _quantize(
+            y_ptr, address, inside, x, scale[:, None], inv_scale[:, None], offset[:, None], fast, largest, NARROW)
 
 
 def launch(samples: int, geometry: tuple, eps: float, numbers: tuple, constants: dict) -> Callable[..., None]:

@@ -13,7 +13,7 @@ from granq_plugin.kernels import Ahead, Before, triton_kernel, triton_launch
 def run(self, *tensors):
     call(self, *tensors)
     ptx.execute(self, tensors)
-    names.add(self._kernel.fn.__name__)
+    names.add(self.kernel.fn.__name__)
 
 gpu_launches.pretend()
 triton_kernel._chip = lambda device: (2, 2**18)  # two multiprocessors, so that a program has several tiles
