@@ -205,12 +205,16 @@ class Machine:
     # --- of one thread
 
     def _mov(self, words, operands, mask, kind) -> None:
-        if operands[0].startswith("{"):
-            for name, part in zip(re.findall(r"[%\w]+", operands[0]), self.read(operands[1], "u16x2")):
+        to, given = (re.findall(r"[%\w]+", o) if o[0] == "{" else [o] for o in operands)
+        bits = 8 * _TYPES[kind].itemsize // 2 if kind in _TYPES else 0
+        if len(to) == 2:  # the halves of a number
+            whole = self.read(given[0], f"u{2 * bits}")[0]
+            for name, part in zip(to, (whole, whole >> np.array(bits, whole.dtype))):
                 if name != "_":
-                    self.write(name, [part.astype(np.uint16)], "u16", mask)
-        elif operands[1].startswith("{"):
-            self.write(operands[0], [self.read(n, "u16")[0] for n in re.findall(r"%\w+", operands[1])], "u16x2", mask)
+                    self.write(name, [part.astype(f"u{bits // 8}")], f"u{bits}", mask)
+        elif len(given) == 2:
+            low, high = (self.read(name, f"u{bits}")[0].astype(f"u{bits // 4}") for name in given)
+            self.write(operands[0], [low | high << np.array(bits, high.dtype)], f"u{2 * bits}", mask)
         elif kind == "pred":
             value = self.registers.get(operands[1])
             self.write(operands[0], [np.full(self.threads, operands[1] != "0") if value is None else value], kind, mask)
