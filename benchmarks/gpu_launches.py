@@ -59,7 +59,8 @@ class NoLaunches:
         return torch.device("cpu")
 
     def get_device_properties(self, device: int) -> dict:
-        return dict(max_shared_mem=232448, max_num_regs=65536, multiprocessor_count=132)
+        from granq_plugin.kernels.triton_kernel import HOPPER
+        return dict(max_shared_mem=HOPPER[1], max_num_regs=65536, multiprocessor_count=HOPPER[0])
 
     def load_binary(self, *binary) -> tuple[int, ...]:
         """Module, function (a number for each), registers, spills, threads."""
@@ -71,9 +72,11 @@ def pretend(launched: Callable[[tuple], object] = lambda call: None) -> None:
     from triton.runtime import driver
 
     from granq_plugin import kernels
+    os.environ["GRANQ_KERNEL"] = "triton"
     driver.set_active(NoLaunches(launched))
     kernels._why_not_triton = lambda x: None
-    os.environ["GRANQ_KERNEL"] = "triton"
+    from granq_plugin.kernels import triton_kernel
+    triton_kernel._chip = lambda device: triton_kernel.HOPPER
 
 
 @contextmanager

@@ -43,6 +43,16 @@ def values(request):
     return x.to(dtype).contiguous(memory_format=memory_format or torch.contiguous_format)
 
 
+@pytest.fixture
+def every_way(monkeypatch):
+    """Both ways of programs that share rows, whichever is faster."""
+    from granq_plugin.kernels import triton_kernel, triton_split
+    triton_kernel._launch.cache_clear()
+    monkeypatch.setattr(triton_split, "Fastest", oracles.every_launch)
+    yield
+    triton_kernel._launch.cache_clear()
+
+
 every_value = pytest.mark.parametrize(
     "values", [(layout, d) for layout in LAYOUTS for d in (torch.float32, torch.bfloat16, torch.float16)], indirect=True)
 
@@ -54,7 +64,7 @@ def leaves(x):
 @every_value
 @pytest.mark.parametrize("before", BEFORES, ids=str)
 @pytest.mark.parametrize("bit_width", [2, 3, 8])
-def test_dynamic_kernel_is_exact(values, before, bit_width):
+def test_dynamic_kernel_is_exact(values, before, bit_width, every_way):
     """The same bits as torch's operations, on the GPU and on the CPU, and the same gradients."""
     a, b, c = leaves(values)
     assert kernels.backend(a) == "triton"
@@ -70,10 +80,15 @@ def test_dynamic_kernel_is_exact(values, before, bit_width):
 
 
 @pytest.mark.parametrize("shape, memory_format", [
-    ((64, 64, 112, 112), torch.channels_last), ((1, 8, 1024, 1025), torch.channels_last),
+    ((64, 64, 112, 112), torch.channels_last), ((64, 256, 56, 56), torch.channels_last), ((1, 8, 1024, 1025), torch.channels_last),
     ((64, 30, 224, 224), torch.contiguous_format), ((1, 1, 4000, 4001), torch.contiguous_format)])
-def test_programs_that_share_a_row_agree(shape, memory_format):
+@pytest.mark.parametrize("way", ["twice", "kept", "fastest"])
+def test_programs_that_share_a_row_agree(shape, memory_format, way, monkeypatch):
     """More of them than a GPU runs at a time, again and again; also recorded."""
+    from granq_plugin.kernels import triton_kernel, triton_split
+    triton_kernel._launch.cache_clear()
+    if way != "fastest":
+        monkeypatch.setattr(triton_split, "Fastest", lambda twice, kept: dict(twice=twice, kept=kept)[way])
     torch.manual_seed(0)
     x = (torch.randn(shape, device="cuda") * torch.rand(shape[:2] + (1, 1), device="cuda")).contiguous(memory_format=memory_format)
     expected = GF.granq(x, 4)
@@ -85,6 +100,20 @@ def test_programs_that_share_a_row_agree(shape, memory_format):
         actual = step()
     for p, q in zip(actual, expected):
         assert torch.equal(p, q)
+    triton_kernel._launch.cache_clear()
+
+
+@pytest.mark.parametrize("together", [1, 64])
+def test_programs_that_do_not_run_together_end(together, monkeypatch):
+    """Fewer than a row has parts, if they were let; more than a GPU runs at a time: a program finds the ranges alone."""
+    from granq_plugin.kernels import triton_kernel, triton_split
+    triton_kernel._launch.cache_clear()
+    monkeypatch.setattr(triton_split, "together", lambda *args: together)
+    monkeypatch.setattr(triton_split, "Fastest", lambda twice, kept: kept)
+    x = torch.randn(16, 256, 56, 56, device="cuda").contiguous(memory_format=torch.channels_last)
+    for p, q in zip(kernels.granq(x, 4), GF.granq(x, 4)):
+        assert torch.equal(p, q)
+    triton_kernel._launch.cache_clear()
 
 
 @every_value

@@ -32,8 +32,9 @@ from granq_plugin.kernels.triton_math import (
     norm_arguments,
 )
 
-__all__ = ["granq", "reads"]
+__all__ = ["HOPPER", "granq", "reads"]
 
+HOPPER = 132, 232448  # multiprocessors of an H100 or H200, and shared memory that a program can have
 _LARGEST = 16384  # values of a tile
 
 
@@ -149,10 +150,14 @@ def _tile(layout: Layout, item_size: int, loads: int, shared_memory: int) -> Til
         rows = min(max(1, 512 // block), channels)
         warps = rows * block // (512 if block < 4096 else 1024)
     buffers = 2 * loads * _LARGEST * item_size  # and some for conversions
-    # of 4 bytes at least are loads that go on beside other work: single values, where wider loads may not begin
-    alone = item_size < 4 and (layout.channels if side_by_side else n) % 16 != 0
-    stages = 3 if rows * block == _LARGEST and not alone and buffers + 3 * 2**13 <= shared_memory else 1
+    goes_on = _loads_go_on(layout, item_size) and buffers + 3 * 2**13 <= shared_memory
+    stages = 3 if rows * block == _LARGEST and goes_on else 1
     return Tile(rows, _powers(n) if side_by_side else (block, 0, 0), max(1, min(16, warps)), stages)
+
+
+def _loads_go_on(layout: Layout, item_size: int) -> bool:
+    """Whether loads go on beside other work: they have at least 4 bytes, and single values where wider loads may not begin."""
+    return item_size >= 4 or (layout.channels if layout.inner == 1 and layout.outer > 1 else layout.outer * layout.inner) % 16 == 0
 
 
 def _powers(n: int) -> tuple[int, int, int]:
@@ -163,9 +168,19 @@ def _powers(n: int) -> tuple[int, int, int]:
     return first, second, triton.next_power_of_2(left) if left else 0
 
 
+def _keeping(layout: Layout, item_size: int, loads: int, chip: tuple[int, int]) -> int:
+    """Programs that keep parts of long rows and run at a time."""
+    processors, shared_memory = chip
+    return _loads_go_on(layout, item_size) * processors * triton_split.together(loads * item_size, shared_memory)
+
+
 def reads(layout: Layout, item_size: int) -> int:
-    """How often memory is read, at most: twice where rows do not stay on chip; their second time may find them in the cache."""
-    return 2 if _tile(layout, item_size, 1, 0) is None else 1
+    """How often an H100 or H200 reads memory, where programs that share rows keep their parts if they can: it may be faster to read
+    them twice, and to find them in the cache."""
+    if _tile(layout, item_size, 1, HOPPER[1]) is not None:
+        return 1
+    *_, parts = triton_split.tile(layout.channels, layout.outer * layout.inner, layout.inner > 1)
+    return 1 if parts <= _keeping(layout, item_size, 1, HOPPER) else 2
 
 
 @cache
@@ -193,10 +208,13 @@ def _launch(layout: Layout, dtype: torch.dtype, device: torch.device, bit_width:
     if outer == 1 and triton_short.suits(n):
         return triton_short.launch(samples, channels, n, eps, numbers, constants)
     geometry = channels, inner, outer * channels * inner, channels if inner == 1 and outer > 1 else 1, n
-    processors, shared_memory = _chip(device)
-    tile = _tile(layout, dtype.itemsize, 1 + (norm == 2), shared_memory)
+    chip = processors, shared_memory = _chip(device)
+    loads = 1 + (norm == 2)
+    tile = _tile(layout, dtype.itemsize, loads, shared_memory)
     if tile is None:
-        return triton_split.launch(samples, geometry, eps, numbers, constants)
+        patience = dict(patience=1) if device.type != "cuda" else {}  # the interpreter runs one program after the other
+        return triton_split.launch(
+            samples, geometry, eps, numbers, constants, _keeping(layout, dtype.itemsize, loads, chip), **patience)
     tiles = triton.cdiv(channels, tile.rows)
     total = samples * tiles
     programs = total if tile.stages == 1 else min(total, processors)

@@ -5,11 +5,14 @@ Triton finds the compiled kernel anew at each launch, by all arguments, which ta
 bytes decides which compiled kernel it is.
 """
 
+from collections.abc import Callable
+
+import torch
 import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-__all__ = ["Launch"]
+__all__ = ["Fastest", "Launch"]
 
 
 class Launch:
@@ -46,6 +49,35 @@ class Launch:
     def by_triton(self, *tensors: Tensor) -> CompiledKernel | None:
         """The same launch where Triton looks for the compiled kernel, or compiles it; returns it."""
         return self.kernel[self.grid](*tensors, *self._numbers, **self.constants)
+
+
+class Fastest:
+    """Launches that do the same, ``launch(*tensors)`` each: all are timed with the first tensors that come, and the fastest one is
+    taken from then on. Where times cannot be taken, without a GPU or while a CUDA graph is recorded, it is the first one."""
+
+    def __init__(self, *launches: Callable[..., None]) -> None:
+        self.launches = launches
+        self._chosen: Callable[..., None] | None = None
+
+    def __call__(self, *tensors: Tensor) -> None:
+        if self._chosen is None and tensors[0].is_cuda and not torch.cuda.is_current_stream_capturing():
+            self._chosen = min(self.launches, key=lambda launch: _seconds(launch, tensors))
+        (self._chosen or self.launches[0])(*tensors)
+
+
+def _seconds(launch: Callable[..., None], tensors: tuple[Tensor, ...], repeats: int = 10) -> float:
+    """The shorter one of two series, after one launch that compiles."""
+    launch(*tensors)
+    times = []
+    for _ in range(2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            launch(*tensors)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return min(times) / repeats / 1000
 
 
 def _alignment(tensors: tuple[Tensor, ...]) -> tuple[bool, ...]:

@@ -8,7 +8,7 @@ from benchmarks import gpu_launches
 import oracles
 import ptx
 from granq_plugin import functional as GF, kernels
-from granq_plugin.kernels import Ahead, Before, triton_kernel, triton_launch
+from granq_plugin.kernels import Ahead, Before, triton_kernel, triton_launch, triton_split
 
 def run(self, *tensors):
     call(self, *tensors)
@@ -16,7 +16,8 @@ def run(self, *tensors):
     names.add(self.kernel.fn.__name__)
 
 gpu_launches.pretend()
-triton_kernel._chip = lambda device: (2, 2**18)  # two multiprocessors, so that a program has several tiles
+triton_kernel._chip = lambda device: (2, 2**20)  # two multiprocessors, so that a program has several tiles
+triton_split._TOGETHER, triton_split.Fastest = 16, oracles.every_launch
 call, triton_launch.Launch.__call__ = triton_launch.Launch.__call__, run
 torch.manual_seed(0)
 names, cl, plain = set(), torch.channels_last, torch.contiguous_format
@@ -62,10 +63,10 @@ except NotImplementedError as e:
 
 
 def test_compiled_kernels_compute_what_torch_does(run_python):
-    """All kernels: blocks on chip, on their way while others are quantized, short rows, rows shared by programs, frozen ranges and
-    their backward; three dtypes, both memory formats, BatchNorm and addition ahead."""
+    """All kernels: blocks on chip, on their way while others are quantized, short rows, rows shared by programs (kept or read
+    twice), frozen ranges and their backward; three dtypes, both memory formats, BatchNorm and addition ahead."""
     pytest.importorskip("triton", reason="triton is not installed")
     done = run_python(_PROGRAM)
     if done.startswith("unknown"):
         pytest.skip(f"this Triton has an instruction that tests/ptx.py does not know: {done}")
-    assert done.split() == ["_frozen", "_frozen_backward", "_granq", "_granq_short", "_granq_split", "15"]
+    assert done.split() == ["_frozen", "_frozen_backward", "_granq", "_granq_kept", "_granq_short", "_granq_split", "15"]

@@ -1,7 +1,12 @@
 """The Triton kernels without a GPU: in Triton's interpreter, equal to torch's operations, and compiled to PTX."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from packaging.version import Version
+
+from granq_plugin.kernels import Before, layout_of
 
 _TRITON = """
 import torch
@@ -11,6 +16,7 @@ from granq_plugin.kernels import Before, triton_kernel, triton_short, triton_spl
 torch.manual_seed(0)
 # so that small tensors take all ways
 triton_kernel._LARGEST, triton_split._TILE, triton_split._LAG, triton_short._LONGEST, triton_short._TILE = 256, 64, 128, 32, 64
+triton_split.Fastest = oracles.every_launch
 cl = torch.channels_last
 shapes = [((2, 1, 100), None, 1), ((2, 3, 8, 8), None, 3), ((1, 33, 3, 5), cl, 3), ((1, 3, 6, 7), cl, 3), ((2, 3, 7, 7), cl, 3),
           ((1, 2, 300), None, "split"), ((1, 5, 6, 6), cl, "split"), ((2, 3, 5, 5), None, "short"), ((3, 7), None, "short")]
@@ -66,6 +72,7 @@ import oracles
 from granq_plugin.kernels import Ahead, Before, triton_frozen, triton_kernel, triton_short, triton_split
 torch.manual_seed(0)
 triton_kernel._LARGEST, triton_split._TILE, triton_split._LAG, triton_short._LONGEST, triton_short._TILE = 64, 64, 128, 32, 64
+triton_split.Fastest = oracles.every_launch
 triton_frozen._TILE, triton_frozen._BLOCKS = 32, (32, 16)
 cl, count = torch.channels_last, 0
 before = Before(True, None, 2.0)
@@ -162,7 +169,8 @@ import torch
 from triton.runtime import JITFunction
 from benchmarks import gpu_launches
 from granq_plugin import kernels
-from granq_plugin.kernels import IDENTITY, Ahead, Before, triton_launch
+from granq_plugin.kernels import IDENTITY, Ahead, Before, triton_launch, triton_split
+import oracles
 
 def compared(self, *tensors):
     count = len(runs)
@@ -174,6 +182,7 @@ def compared(self, *tensors):
 launched, runs, asked = [], [], []
 gpu_launches.pretend(lambda call: launched.append([a.data_ptr() if isinstance(a, torch.Tensor) else a for a in call]))
 call, triton_launch.Launch.__call__ = triton_launch.Launch.__call__, compared
+triton_split.Fastest = oracles.every_launch
 run, JITFunction.run = JITFunction.run, lambda self, *args, **kwargs: runs.append(self) or run(self, *args, **kwargs)
 
 def placed(shape, dtype, skipped):  # some values behind the beginning of their memory
@@ -209,8 +218,51 @@ def test_a_kernel_is_launched_again_without_triton_with_what_it_had_at_first(run
     assert int(run_python(_TRITON_LAUNCHES).split()[-1]) > 100
 
 
+def test_the_fastest_launch_is_taken_where_it_can_be_found(monkeypatch):
+    """Once; the first one without a GPU, and while a CUDA graph is recorded."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from granq_plugin.kernels import triton_launch
+    launched, timed, recording = [], [], True
+
+    def seconds(launch, tensors):
+        timed.append(launch)
+        return {a: 2.0, b: 1.0, c: 3.0}[launch]
+
+    a, b, c = (lambda *tensors, name=name: launched.append((name, tensors)) for name in "abc")
+    monkeypatch.setattr(triton_launch, "_seconds", seconds)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: recording)
+    cpu, gpu = torch.ones(1), SimpleNamespace(is_cuda=True)
+    launch = triton_launch.Fastest(a, b, c)
+    launch(cpu), launch(gpu)
+    recording = False
+    launch(cpu), launch(gpu), launch(gpu)
+    recording = True
+    launch(gpu)
+    assert timed == [a, b, c] and launched == [
+        ("a", (cpu, )), ("a", (gpu, )), ("a", (cpu, )), ("b", (gpu, )), ("b", (gpu, )), ("b", (gpu, ))]
+
+
+@pytest.mark.parametrize("shape, dtype, residual, shared_memory, programs", [
+    ((64, 256, 56, 56), torch.float32, False, 232448, 528), ((64, 256, 56, 56), torch.float32, True, 232448, 396),
+    ((64, 256, 56, 56), torch.float32, True, 166912, 264), ((2, 64, 56, 56), torch.float32, False, 232448, 100),
+    ((64, 256, 56, 56), torch.float32, False, 101376, 264), ((64, 256, 56, 56), torch.bfloat16, False, 101376, 528),
+    ((64, 256, 56, 56), torch.float32, False, 0, None),  # nothing is loaded beside other work
+    ((64, 250, 56, 56), torch.bfloat16, False, 232448, None),  # nor are single values of 2 bytes
+    ((1, 8, 1024, 1025), torch.float32, False, 232448, None)])  # more parts of a row than programs
+def test_parts_are_kept_where_their_programs_run_together(shape, dtype, residual, shared_memory, programs, monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from granq_plugin.kernels import triton_kernel, triton_split
+    found = []
+    monkeypatch.setattr(triton_kernel, "_chip", lambda device: (132, shared_memory))
+    monkeypatch.setattr(triton_split, "Launch", lambda kernel, grid, *_: found.append((kernel, *grid)))
+    layout = layout_of(torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last), 1)
+    triton_kernel._launch.__wrapped__(layout, dtype, torch.device("cuda"), 4, Before(), 2 * residual, 0.0, False)
+    assert found[0][0] is triton_split._granq_split
+    assert found[1:] == ([(triton_split._granq_kept, programs)] if programs else [])
+
+
 @pytest.mark.parametrize("which, option", [(w, o) for w in ("dynamic", "frozen", "backward") for o in (False, True)]
-                         + [("short", True), ("split", True)])
+                         + [("short", True), ("split", True), ("kept", True)])
 @pytest.mark.parametrize("norm", [0, 2])
 def test_triton_compiles_for_a_gpu_without_fused_operations(which, option, norm):
     """To PTX, which needs no GPU: divisions round correctly and nothing is contracted but what is meant to be."""
@@ -222,7 +274,7 @@ def test_triton_compiles_for_a_gpu_without_fused_operations(which, option, norm)
     numbers = ("eps", "half_levels", "overflow", "smallest", "lowest", "highest", "low", "high", "above", "below", "largest")
     pointers = {"mask_ptr": "*i8", "most_ptr": "*u32", "negated_ptr": "*u32", "done_ptr": "*i32", "ticket_ptr": "*i32"}
     kernel = {"dynamic": triton_kernel._granq, "frozen": triton_frozen._frozen, "backward": triton_frozen._frozen_backward,
-              "short": triton_short._granq_short, "split": triton_split._granq_split}[which]
+              "short": triton_short._granq_short, "split": triton_split._granq_split, "kept": triton_split._granq_kept}[which]
     constants = dict(NORM=norm, CLAMP=2, MASK=True, NARROW=False, FAST=1, EVEN=option, FULL=option, ROWS=4, BLOCK=512, SECOND=256,
                      THIRD=256, STAGES=1 + 2 * option, INNER=7 * option, N=499)
     if which != "dynamic":
