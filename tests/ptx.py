@@ -3,12 +3,15 @@
 For what the interpreter of Triton does not see: how tensors are laid out over threads, what threads tell each other, shared memory,
 loads that go on beside other work. Of threads that have parted, those that are furthest behind go on. A copy to shared memory is
 there as late as it may be, and shared memory begins as NaN, so that a missing wait or barrier is likely to show. Programs run one
-after the other. Only instructions that our kernels have are known; any other raises a NotImplementedError.
+after the other, or all at a time. Only instructions that our kernels have are known; any other raises a NotImplementedError.
 """
 
+import copy
 import ctypes
 import operator
+import random
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -24,17 +27,22 @@ _FUNCTIONS = {
 _COMPARISONS = {"eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge}
 
 
-def execute(launch, tensors: tuple[torch.Tensor, ...]) -> None:
-    """What ``launch(*tensors)`` of granq_plugin.kernels.triton_launch does on a GPU; after it has compiled its kernel."""
+def execute(launch, tensors: tuple[torch.Tensor, ...], turns: random.Random | None = None) -> None:
+    """What ``launch(*tensors)`` of granq_plugin.kernels.triton_launch does on a GPU; after it has compiled its kernel. With turns,
+    all programs run at a time, and it draws which one goes on, and how far."""
     compiled = launch.compiled(tensors)
     values = dict(zip(launch.kernel.arg_names, (*tensors, *launch.arguments)))
     kinds = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}
     arguments = [np.uint64(values[name].data_ptr()) if kind.startswith("*") else kinds[kind](values[name])
                  for name, kind in compiled.src.signature.items() if kind != "constexpr"]
     machine = Machine(compiled.asm["ptx"], arguments, compiled.metadata.shared, tensors)
-    for y in range(launch.grid[1]):
-        for x in range(launch.grid[0]):
-            machine.run(x, y)
+    programs = [copy.copy(machine).run(x, y) for y in range(launch.grid[1]) for x in range(launch.grid[0])]
+    while programs:
+        program = turns.choice(programs) if turns else programs[0]
+        for _ in range(turns.choice((1, 10, 100, 1000)) if turns else 1000):
+            if next(program, "ended") == "ended":
+                programs.remove(program)
+                break
 
 
 class Machine:
@@ -42,20 +50,20 @@ class Machine:
 
     def __init__(self, ptx: str, arguments: list, shared: int, tensors: tuple[torch.Tensor, ...]) -> None:
         self.threads = int(re.search(r"\.reqntid (\d+)", ptx)[1])
-        self.arguments, self.shared = arguments, np.empty(shared, np.uint8)
+        self.arguments, self.shared_bytes = arguments, shared
         self.code, self.labels = _parsed(ptx)
         self.memory = []
         for storage in {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}.values():
             start, size = storage.data_ptr(), storage.nbytes()
             self.memory.append((start, np.frombuffer((ctypes.c_uint8 * size).from_address(start), np.uint8)))
 
-    def run(self, x: int, y: int = 0) -> None:
-        """The program (x, y) of the grid."""
+    def run(self, x: int, y: int) -> Iterator[None]:
+        """The program (x, y) of the grid, an instruction at a time."""
         n = self.threads
         self.lane, self.warp = np.arange(n) % 32, np.arange(n) // 32 * 32
         self.registers = {"%tid.x": np.arange(n, dtype=np.uint32), "global_smem": np.zeros(n, np.uint64)} | {
             f"%ctaid.{axis}": np.full(n, i, np.uint32) for axis, i in (("x", x), ("y", y))}
-        self.shared[:] = 0xFF
+        self.shared = np.full(self.shared_bytes, 0xFF, np.uint8)
         self.copies, self.groups = [], []
         place, end = np.zeros(n, np.int64), len(self.code)
         with np.errstate(all="ignore"):
@@ -72,6 +80,7 @@ class Machine:
                     assert together.all(), "a barrier that not all threads reach"
                 elif mask.any():
                     self._execute(words, operands, mask)
+                yield
 
     def read(self, name: str, kind: str) -> list[np.ndarray]:
         """Values of a register or a constant: of one number, or of a packed pair."""
@@ -183,12 +192,15 @@ class Machine:
             self.copies.append((self._at(operands[0])[who], size, found))
 
     def _atom(self, words, operands, mask, kind) -> None:
-        old, given = np.zeros(self.threads, _TYPES[kind]), self.read(operands[2], kind)[0]
+        old, given = np.zeros(self.threads, _TYPES[kind]), self.read(operands[-1], kind)[0]
         for i in np.flatnonzero(mask):
-            memory, places = self._bytes(self._at(operands[1])[i:i + 1], 4, False)
+            memory, places = self._bytes(self._at(operands[-2])[i:i + 1], 4, False)
             old[i] = memory[places].view(_TYPES[kind])[0, 0]
             memory[places] = np.array([_FUNCTIONS[words[-2]](old[i], given[i])], _TYPES[kind])[:, None].view(np.uint8)
-        self.write(operands[0], [old], kind, mask)
+        if words[0] == "atom":
+            self.write(operands[0], [old], kind, mask)
+
+    _red = _atom  # nobody wants to know what was there
 
     # --- between threads
 

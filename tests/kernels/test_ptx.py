@@ -3,6 +3,7 @@
 import pytest
 
 _PROGRAM = """
+import random
 import torch
 from benchmarks import gpu_launches
 import oracles
@@ -12,7 +13,7 @@ from granq_plugin.kernels import Ahead, Before, triton_kernel, triton_launch, tr
 
 def run(self, *tensors):
     call(self, *tensors)
-    ptx.execute(self, tensors)
+    ptx.execute(self, tensors, turns if self.kernel is triton_split._granq_kept else None)
     names.add(self.kernel.fn.__name__)
 
 gpu_launches.pretend()
@@ -20,13 +21,13 @@ triton_kernel._chip = lambda device: (2, 2**20)  # two multiprocessors, so that 
 triton_split._TOGETHER, triton_split.Fastest = 16, oracles.every_launch
 call, triton_launch.Launch.__call__ = triton_launch.Launch.__call__, run
 torch.manual_seed(0)
-names, cl, plain = set(), torch.channels_last, torch.contiguous_format
+names, cl, plain, turns, launch = set(), torch.channels_last, torch.contiguous_format, None, triton_split.launch
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 before = Before(relu=True, max_val=2.0)
 shapes = [
     ((2, 40, 28, 28), cl, f32, 0), ((1, 33, 28, 28), cl, f32, 2), ((1, 64, 20, 20), cl, bf16, 1), ((1, 40, 14, 14), cl, f32, 1),
-    ((2, 33, 7, 7), cl, f32, 2), ((1, 64, 7, 7), cl, f16, 0), ((2, 16, 15, 15), cl, f32, 2), ((1, 70, 40, 40), cl, f32, 2),
-    ((1, 130, 36, 36), cl, bf16, 0), ((3, 2, 112, 112), plain, f32, 0), ((1, 2, 130, 130), plain, f32, 2),
+    ((2, 33, 7, 7), cl, f32, 2), ((1, 64, 7, 7), cl, f16, 0), ((2, 16, 15, 15), cl, f32, 2), ((1, 40, 36, 36), cl, f32, 2),
+    ((1, 80, 36, 36), cl, bf16, 0), ((3, 2, 112, 112), plain, f32, 0), ((1, 2, 130, 130), plain, f32, 2),
     ((1, 3, 100, 100), plain, f16, 0), ((2, 9, 8, 8), plain, f32, 1), ((3, 11, 7, 7), plain, f32, 2), ((5, 7), plain, bf16, 0)]
 
 def check(shape, memory_format, dtype, norm):
@@ -55,6 +56,11 @@ def check(shape, memory_format, dtype, norm):
 
 try:
     for case in shapes:
+        check(*case)
+    # all at a time, so that they wait for each other and none for too long
+    turns, triton_split.launch = random.Random(0), lambda *args, patience, **kwargs: launch(*args, patience=2**30, **kwargs)
+    triton_kernel._launch.cache_clear()
+    for case in shapes[7:12:3]:
         check(*case)
     print(*sorted(names), len(shapes))
 except NotImplementedError as e:
