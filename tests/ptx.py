@@ -39,7 +39,7 @@ def execute(launch, tensors: tuple[torch.Tensor, ...], turns: random.Random | No
     programs = [copy.copy(machine).run(x, y) for y in range(launch.grid[1]) for x in range(launch.grid[0])]
     while programs:
         program = turns.choice(programs) if turns else programs[0]
-        for _ in range(turns.choice((1, 10, 100, 1000)) if turns else 1000):
+        for _ in range(turns.choice((1, 100, 10000)) if turns else 10000):
             if next(program, "ended") == "ended":
                 programs.remove(program)
                 break
