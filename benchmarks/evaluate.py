@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.readme import replace_table
-from benchmarks.rows import device_of, read, write
+from benchmarks.rows import FORMATS, device_of, read, write
 from granq_plugin.atomic import atomic_path
 from granq_plugin.cli.options import compile_option
 
@@ -25,7 +25,6 @@ RESULTS = Path(__file__).parent / "results"
 MARKER = "evaluate: written by python -m benchmarks.evaluate"
 QUANTIZED = ("dynamic", "static", "folded")
 KINDS = ("loading", "float", *QUANTIZED)
-FORMATS = ("contiguous_format", "channels_last")
 KEYS = ("device", "threads", "compile", "memory_format")
 FIELDS = (*KEYS, "network", "images", "batch_size", "images_per_second", "ratio", "spread", "repeats")
 

@@ -16,11 +16,10 @@ import click
 
 from benchmarks.quantizer import BITS, HEADLINE, MODES, column_head, in_turns, keep_memory
 from benchmarks.readme import replace_table
-from benchmarks.rows import read, write
+from benchmarks.rows import FORMATS, read, write
 
 RESULTS = Path(__file__).parent / "results"
 MARKER = "fusion: written by python -m benchmarks.fusion"
-FORMATS = ("contiguous_format", "channels_last")
 FIELDS = ("threads", "shape", "memory_format", "mode", "method", "median_ms", "ratio_to_clone", "rounds")
 LABELS = {
     "clone": "torch.clone", "relu_granq": "ReLU, GranQ", "norm_separate": "BatchNorm; ReLU, GranQ",

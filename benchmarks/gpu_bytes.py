@@ -21,12 +21,11 @@ from torch.utils._pytree import tree_leaves
 from benchmarks import fusion
 from benchmarks.quantizer import LABELS, column_head, methods
 from benchmarks.readme import replace_table
-from benchmarks.rows import read, write
+from benchmarks.rows import FORMATS, read, write
 
 RESULTS = Path(__file__).parent / "results"
 MARKER = "gpu-bytes: written by python -m benchmarks.gpu_bytes"
 SHAPES = ((64, 64, 32, 32), (64, 256, 56, 56), (128, 64, 112, 112), (64, 2048, 7, 7))
-FORMATS = fusion.FORMATS
 NAMES = LABELS | {n: label for n, label in fusion.LABELS.items() if n.startswith(("norm", "sum"))}
 FIELDS = ("shape", "memory_format", "method", "reads", "writes", "ratio_to_clone")
 

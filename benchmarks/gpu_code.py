@@ -18,16 +18,14 @@ from unittest import mock
 import click
 import torch
 
-from benchmarks import fusion
 from benchmarks.gpu_launches import launching, pretend
 from benchmarks.quantizer import column_head
 from benchmarks.readme import replace_table
-from benchmarks.rows import read, write
+from benchmarks.rows import FORMATS, read, write
 
 RESULTS = Path(__file__).parent / "results"
 MARKER = "gpu-code: written by python -m benchmarks.gpu_code"
 SHAPES = ((64, 64, 32, 32), (64, 256, 56, 56), (128, 64, 112, 112), (64, 512, 28, 28), (64, 1024, 14, 14), (64, 2048, 7, 7))
-FORMATS = fusion.FORMATS
 FIELDS = ("shape", "memory_format", "kernel", "registers", "spilled_bytes", "shared_bytes", "threads", "resident_threads",
           "values", "instructions", "per_value")
 REGISTERS, SHARED, THREADS = 65536, 233472, 2048  # of a multiprocessor

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from granq_plugin.atomic import atomic_path
 
-__all__ = ["device_of", "read", "write"]
+__all__ = ["FORMATS", "device_of", "read", "write"]
+
+FORMATS = ("contiguous_format", "channels_last")  # of memory, as torch calls them
 
 
 def read(path: Path) -> list[dict]:
