@@ -46,9 +46,9 @@ def values(request):
 @pytest.fixture
 def every_way(monkeypatch):
     """Both ways of programs that share rows, whichever is faster."""
-    from granq_plugin.kernels import triton_kernel, triton_split
+    from granq_plugin.kernels import triton_kernel
     triton_kernel._launch.cache_clear()
-    monkeypatch.setattr(triton_split, "Fastest", oracles.every_launch)
+    monkeypatch.setattr(triton_kernel, "Fastest", oracles.every_launch)
     yield
     triton_kernel._launch.cache_clear()
 
@@ -85,10 +85,10 @@ def test_dynamic_kernel_is_exact(values, before, bit_width, every_way):
 @pytest.mark.parametrize("way", ["twice", "kept", "fastest"])
 def test_programs_that_share_a_row_agree(shape, memory_format, way, monkeypatch):
     """More of them than a GPU runs at a time, again and again; also recorded."""
-    from granq_plugin.kernels import triton_kernel, triton_split
+    from granq_plugin.kernels import triton_kernel
     triton_kernel._launch.cache_clear()
     if way != "fastest":
-        monkeypatch.setattr(triton_split, "Fastest", lambda twice, kept: dict(twice=twice, kept=kept)[way])
+        monkeypatch.setattr(triton_kernel, "Fastest", lambda twice, kept: dict(twice=twice, kept=kept)[way])
     torch.manual_seed(0)
     x = (torch.randn(shape, device="cuda") * torch.rand(shape[:2] + (1, 1), device="cuda")).contiguous(memory_format=memory_format)
     expected = GF.granq(x, 4)
@@ -109,7 +109,7 @@ def test_programs_that_do_not_run_together_end(together, monkeypatch):
     from granq_plugin.kernels import triton_kernel, triton_split
     triton_kernel._launch.cache_clear()
     monkeypatch.setattr(triton_split, "together", lambda *args: together)
-    monkeypatch.setattr(triton_split, "Fastest", lambda twice, kept: kept)
+    monkeypatch.setattr(triton_kernel, "Fastest", lambda twice, kept: kept)
     x = torch.randn(16, 256, 56, 56, device="cuda").contiguous(memory_format=torch.channels_last)
     for p, q in zip(kernels.granq(x, 4), GF.granq(x, 4)):
         assert torch.equal(p, q)

@@ -7,6 +7,7 @@ it: with ``TRITON_INTERPRET=1`` it runs on CPU tensors. Results are those of :fu
 """
 
 import os
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from granq_plugin.functional import GranQResult
 from granq_plugin.kernels import gradients, triton_short, triton_split
 from granq_plugin.kernels.layout import Ahead, Before, Layout
-from granq_plugin.kernels.triton_launch import Launch
+from granq_plugin.kernels.triton_launch import Fastest, Launch
 from granq_plugin.kernels.triton_math import (
     _ends,
     _norms_of,
@@ -195,7 +196,7 @@ def _chip(device: torch.device) -> tuple[int, int]:
 
 @lru_cache(maxsize=1024)
 def _launch(layout: Layout, dtype: torch.dtype, device: torch.device, bit_width: int, before: Before, norm: int, eps: float,
-            needs_mask: bool) -> Launch:
+            needs_mask: bool) -> Callable[..., None]:
     """Of ``x, y, mask, scale, zero_point``, and what :func:`norm_arguments` gives."""
     samples, outer, channels, inner = layout[:4]
     n = outer * inner
@@ -211,10 +212,19 @@ def _launch(layout: Layout, dtype: torch.dtype, device: torch.device, bit_width:
     chip = processors, shared_memory = _chip(device)
     loads = 1 + (norm == 2)
     tile = _tile(layout, dtype.itemsize, loads, shared_memory)
-    if tile is None:
+    ways = []
+    if tile is None or (tile.stages > 1 and inner == 1):  # or a program alone on a multiprocessor, whose loads are short
         patience = dict(patience=1) if device.type != "cuda" else {}  # the interpreter runs one program after the other
-        return triton_split.launch(
+        ways = triton_split.launches(
             samples, geometry, eps, numbers, constants, _keeping(layout, dtype.itemsize, loads, chip), **patience)
+    if tile is not None:
+        ways[:1] = [_on_chip(tile, samples, geometry, eps, numbers, constants, processors)]
+    return ways[0] if len(ways) == 1 else Fastest(*ways)
+
+
+def _on_chip(
+        tile: Tile, samples: int, geometry: tuple, eps: float, numbers: tuple, constants: dict, processors: int) -> Launch:
+    channels, *_, n = geometry
     tiles = triton.cdiv(channels, tile.rows)
     total = samples * tiles
     programs = total if tile.stages == 1 else min(total, processors)

@@ -1,4 +1,4 @@
-"""The dynamic quantizer on GPU for rows that do not stay in one program: programs share a row. There are two ways:
+"""The dynamic quantizer on GPU for rows that are too long for one program: programs share a row. There are two ways:
 
 - *kept*: a program goes from part to part of some rows: it adds one to their ranges, waits for those of the part before, and
   quantizes that one, which it has kept, while the next ones are on their way. Memory is read once. All programs should run at a
@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from granq_plugin.kernels.triton_launch import Fastest, Launch
+from granq_plugin.kernels.triton_launch import Launch
 from granq_plugin.kernels.triton_math import _ends, _norms_of, _places, _quantize, _ranges_of, _values, _wider
 
-__all__ = ["launch", "tile", "together"]
+__all__ = ["launches", "tile", "together"]
 
 _TILE = 4096  # values of a part
 _LAG = 2**20  # values between reading a part and quantizing it; at least the parts of a row
@@ -195,11 +195,14 @@ def tile(channels: int, n: int, is_contiguous: bool) -> tuple[int, int, int]:
     return rows, block, triton.cdiv(n, block)
 
 
-def launch(
+def launches(
         samples: int, geometry: tuple, eps: float, numbers: tuple, constants: dict, programs: int,
-        patience: int = _PATIENCE) -> Callable[..., None]:
-    """Its tensors, ``numbers`` and ``constants`` are those of ``triton_kernel._granq``; ``geometry`` is ``channels, row_stride,
-    sample_stride, step, n``; ``programs``: that keep parts and run at a time, 0 where there is no way to keep them."""
+        patience: int = _PATIENCE) -> list[Callable[..., None]]:
+    """The way that reads twice, and the one that keeps parts, where it can.
+
+    Their tensors, ``numbers`` and ``constants`` are those of ``triton_kernel._granq``; ``geometry`` is ``channels, row_stride,
+    sample_stride, step, n``; ``programs``: that keep parts and run at a time, 0 where there is no way to keep them.
+    """
     channels, row_stride, *_, n = geometry
     rows, block, parts = tile(channels, n, row_stride > 1)
     tiles = triton.cdiv(channels, rows)
@@ -216,13 +219,13 @@ def launch(
         twice(x, *others, most.view(torch.uint32), negated.view(torch.uint32), done, ticket)
 
     if parts > programs:  # a program would wait for parts that it is to read later
-        return read_twice
+        return [read_twice]
     programs = min(programs, units)
     once = Launch(_granq_kept, (programs, ), (*numbers, programs, patience), constants | dict(
         STAGES=_STAGES, num_stages=_STAGES, maxnreg=_REGISTERS))
 
-    def kept(x: Tensor, *others: Tensor) -> None:
+    def keep(x: Tensor, *others: Tensor) -> None:
         most, negated, done = x.new_zeros(3, count, dtype=torch.int32)
         once(x, *others, most.view(torch.uint32), negated.view(torch.uint32), done)
 
-    return Fastest(read_twice, kept)
+    return [read_twice, keep]

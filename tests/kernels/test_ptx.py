@@ -18,10 +18,10 @@ def run(self, *tensors):
 
 gpu_launches.pretend()
 triton_kernel._chip = lambda device: (2, 2**20)  # two multiprocessors, so that a program has several tiles
-triton_split._TOGETHER, triton_split.Fastest = 16, oracles.every_launch
+triton_split._TOGETHER, triton_kernel.Fastest = 16, oracles.every_launch
 call, triton_launch.Launch.__call__ = triton_launch.Launch.__call__, run
 torch.manual_seed(0)
-names, cl, plain, turns, launch = set(), torch.channels_last, torch.contiguous_format, None, triton_split.launch
+names, cl, plain, turns, launch = set(), torch.channels_last, torch.contiguous_format, None, triton_split.launches
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 before = Before(relu=True, max_val=2.0)
 shapes = [
@@ -59,7 +59,7 @@ try:
     for case in shapes:
         check(*case)
     # all at a time, so that they wait for each other and none for too long
-    turns, triton_split.launch = random.Random(0), lambda *args, patience, **kwargs: launch(*args, patience=2**30, **kwargs)
+    turns, triton_split.launches = random.Random(0), lambda *args, patience, **kwargs: launch(*args, patience=2**30, **kwargs)
     triton_kernel._launch.cache_clear()
     before = Before(relu=True)
     for case in shapes[7:12:3]:
