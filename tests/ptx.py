@@ -2,8 +2,10 @@
 
 For what the interpreter of Triton does not see: how tensors are laid out over threads, what threads tell each other, shared memory,
 loads that go on beside other work. Of threads that have parted, those that are furthest behind go on. A copy to shared memory is
-there as late as it may be, and shared memory begins as NaN, so that a missing wait or barrier is likely to show. Programs run one
-after the other, or all at a time. Only instructions that our kernels have are known; any other raises a NotImplementedError.
+there as late as it may be, and shared memory begins as NaN, so that a missing wait is likely to show. Programs run one after the
+other, their threads abreast; or all at a time, and warps apart from barrier to barrier, so that a missing barrier and an order in
+memory that nothing makes certain are likely to show. Only instructions that our kernels have are known; any other raises a
+NotImplementedError.
 """
 
 import copy
@@ -29,19 +31,21 @@ _COMPARISONS = {"eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": o
 
 def execute(launch, tensors: tuple[torch.Tensor, ...], turns: random.Random | None = None) -> None:
     """What ``launch(*tensors)`` of granq_plugin.kernels.triton_launch does on a GPU; after it has compiled its kernel. With turns,
-    all programs run at a time, and it draws which one goes on, and how far."""
+    all programs run at a time, warps apart, and it draws which one goes on, and how far."""
     compiled = launch.compiled(tensors)
     values = dict(zip(launch.kernel.arg_names, (*tensors, *launch.arguments)))
     kinds = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}
     arguments = [np.uint64(values[name].data_ptr()) if kind.startswith("*") else kinds[kind](values[name])
                  for name, kind in compiled.src.signature.items() if kind != "constexpr"]
     machine = Machine(compiled.asm["ptx"], arguments, compiled.metadata.shared, tensors)
-    programs = [copy.copy(machine).run(x, y) for y in range(launch.grid[1]) for x in range(launch.grid[0])]
+    programs = [copy.copy(machine).run(x, y, turns) for y in range(launch.grid[1]) for x in range(launch.grid[0])]
     while programs:
         program = turns.choice(programs) if turns else programs[0]
         for _ in range(turns.choice((1, 100, 10000)) if turns else 10000):
-            if next(program, "ended") == "ended":
+            done = next(program, "end")
+            if done == "end":
                 programs.remove(program)
+            if done == "end" or (turns and done in ("atom", "red") and turns.random() < 0.5):
                 break
 
 
@@ -57,30 +61,46 @@ class Machine:
             start, size = storage.data_ptr(), storage.nbytes()
             self.memory.append((start, np.frombuffer((ctypes.c_uint8 * size).from_address(start), np.uint8)))
 
-    def run(self, x: int, y: int) -> Iterator[None]:
-        """The program (x, y) of the grid, an instruction at a time."""
+    def run(self, x: int, y: int, turns: random.Random | None) -> Iterator[str]:
+        """The program (x, y) of the grid, an instruction at a time. With turns, they draw the warp that goes on, and how far."""
         n = self.threads
         self.lane, self.warp = np.arange(n) % 32, np.arange(n) // 32 * 32
         self.registers = {"%tid.x": np.arange(n, dtype=np.uint32), "global_smem": np.zeros(n, np.uint64)} | {
             f"%ctaid.{axis}": np.full(n, i, np.uint32) for axis, i in (("x", x), ("y", y))}
         self.shared = np.full(self.shared_bytes, 0xFF, np.uint8)
-        self.copies, self.groups = [], []
         place, end = np.zeros(n, np.int64), len(self.code)
+        abreast = [self.warp == warp for warp in range(0, n, 32)] if turns else [np.full(n, True)]
+        copies, waiting = [([], []) for _ in abreast], {}
         with np.errstate(all="ignore"):
-            while (here := int(place.min())) < end:
-                together = place == here
-                negated, predicate, words, operands = self.code[here]
-                mask = together & (self.registers[predicate] ^ bool(negated)) if predicate else together
-                place[together] += 1
-                if words[0] == "bra":
-                    place[mask] = self.labels[operands[0]]
-                elif words[0] == "ret":
-                    place[mask] = end
-                elif words[0] == "bar":
-                    assert together.all(), "a barrier that not all threads reach"
-                elif mask.any():
-                    self._execute(words, operands, mask)
-                yield
+            while (place < end).any():
+                ready = [i for i, who in enumerate(abreast) if i not in waiting and (place[who] < end).any()]
+                if not ready:  # all at a barrier
+                    assert len(waiting) == len(abreast) and len(set(waiting.values())) == 1, "a barrier that not all threads reach"
+                    waiting.clear()
+                    continue
+                chosen = turns.choice(ready) if turns else 0
+                who, (self.copies, self.groups) = abreast[chosen], copies[chosen]
+                for _ in range(turns.choice((1, 10, 500)) if turns else 1):
+                    here = int(place[who].min())
+                    if here == end:
+                        break
+                    together = who & (place == here)
+                    negated, predicate, words, operands = self.code[here]
+                    mask = together & (self.registers[predicate] ^ bool(negated)) if predicate else together
+                    place[together] += 1
+                    if words[0] == "bra":
+                        place[mask] = self.labels[operands[0]]
+                    elif words[0] == "ret":
+                        place[mask] = end
+                    elif words[0] == "bar":
+                        assert (together == who).all(), "a barrier that not all threads reach"
+                        waiting[chosen] = here
+                    elif mask.any():
+                        self._execute(words, operands, mask)
+                    yield words[0]
+                    if words[0] == "bar":
+                        break
+                copies[chosen] = self.copies, self.groups
 
     def read(self, name: str, kind: str) -> list[np.ndarray]:
         """Values of a register or a constant: of one number, or of a packed pair."""
@@ -165,12 +185,16 @@ class Machine:
         """8x8 values of 16 bits: eight lanes have the addresses of the rows of each, every lane gets two values of each."""
         if "trans" in words:
             raise NotImplementedError("transposed matrices")
+        who = np.flatnonzero(mask)
         for i, name in enumerate(re.findall(r"%\w+", registers)):
-            memory, places = self._bytes(self._at(address)[self.warp + 8 * i + self.lane // 4] + self.lane % 4 * 4, 4, True)
+            at = self._at(address)[self.warp + 8 * i + self.lane // 4] + self.lane % 4 * 4
+            memory, places = self._bytes(at[who], 4, True)
             if stores:
-                memory[places] = np.ascontiguousarray(self.read(name, "b32")[0])[:, None].view(np.uint8).reshape(-1, 4)
+                memory[places] = np.ascontiguousarray(self.read(name, "b32")[0][who])[:, None].view(np.uint8).reshape(-1, 4)
             else:
-                self.write(name, [memory[places].view(np.uint32)[:, 0]], "b32", mask)
+                found = np.zeros(self.threads, np.uint32)
+                found[who] = memory[places].view(np.uint32)[:, 0]
+                self.write(name, [found], "b32", mask)
 
     def _cp(self, words, operands, mask, kind) -> None:
         """Copies to shared memory, of all bytes or of zeros; a group of them is there when it has been waited for."""

@@ -116,7 +116,7 @@ def _granq_kept(
         above, below, largest, nan_passes, parts, units, programs, patience, NORM: tl.constexpr, CLAMP: tl.constexpr,
         MASK: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
         STAGES: tl.constexpr):
-    kept = tl.full([ROWS, BLOCK], 0.0, tl.float32)
+    kept, left = tl.full([ROWS, BLOCK], 0.0, tl.float32), tl.full([], patience, tl.int32)
     for unit in tl.range(tl.program_id(0), units + programs, programs, num_stages=STAGES):
         address, inside, first, row, exists = _part(
             unit, unit < units, channels, row_stride, sample_stride, step, n, tiles, parts, EVEN, ROWS, BLOCK)
@@ -127,21 +127,26 @@ def _granq_kept(
             if MASK:
                 tl.store(mask_ptr + address, passes.to(tl.int8), mask=inside)
             _add_range(most_ptr, negated_ptr, x, inside, row, exists, EVEN)
-            # a count for each row, by the thread that has added its range: a barrier would keep loads from being on their way
-            tl.atomic_add(done_ptr + row, 1, mask=exists, sem="release")
-        before = unit - programs
+        # What a thread has looked up here, the others are told behind a barrier: all have added their ranges before the count. It
+        # waits for counts of lower units, as parts <= programs. A barrier in the loop itself, or a loop, would keep loads from
+        # being on their way.
+        before, looks = unit - programs, 0
+        wanted = tl.where(before < 0, 0, parts)
+        if units > 0:
+            while (tl.atomic_add(done_ptr + tl.maximum(before, 0) // parts, 0, sem="acquire") < wanted) & (looks < left):
+                looks += 1
+        if unit < units:
+            tl.atomic_add(done_ptr + unit // parts, 1, sem="release")
         if before >= 0:
             address, inside, first, row, exists = _part(
                 before, True, channels, row_stride, sample_stride, step, n, tiles, parts, EVEN, ROWS, BLOCK)
-            looks = 0  # by loads, since not all versions of Triton tell all threads what an atomic operation finds
-            while (tl.min(tl.load(done_ptr + row, mask=exists, other=parts, volatile=True), 0) < parts) & (looks < patience):
-                looks += 1
             lo, hi = _range(most_ptr, negated_ptr, row, exists)
-            if looks == patience:
+            if looks == left:
                 lo, hi = _range_alone(
                     x_ptr, residual_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps,
                     (before // parts // tiles).to(tl.int64) * sample_stride, first, channels, row_stride, step, n, low, high, above,
                     below, nan_passes, NORM, CLAMP, ROWS, BLOCK // 8 if BLOCK > 8 else 1)
+                left = left // 8 + 1  # the next parts will hardly do better
             _finish(
                 y_ptr, scale_ptr, zero_point_ptr, kept, address, inside, row, exists, lo, hi, before % parts == 0, half_levels,
                 overflow, smallest, largest, NARROW, FAST)
@@ -184,7 +189,7 @@ def _granq_split(
 def together(value_bytes: int, shared_memory: int) -> int:
     """Programs of kept parts that a multiprocessor runs at a time, with shared_memory bytes for one of them at most; value_bytes:
     what is loaded for each value."""
-    needed = (_STAGES - 1) * _TILE * value_bytes + 2**12 + 2**10  # and for conversions; what CUDA takes of a program
+    needed = (_STAGES - 1) * _TILE * value_bytes + 2**12 + 2**9 + 2**10  # for reductions; what CUDA takes of a program
     return min(_TOGETHER, (shared_memory + 2**10) // needed)
 
 
@@ -225,7 +230,7 @@ def launches(
         STAGES=_STAGES, num_stages=_STAGES, maxnreg=_REGISTERS))
 
     def keep(x: Tensor, *others: Tensor) -> None:
-        most, negated, done = x.new_zeros(3, count, dtype=torch.int32)
+        most, negated, done = x.new_zeros(2 * count + groups, dtype=torch.int32).split([count, count, groups])
         once(x, *others, most.view(torch.uint32), negated.view(torch.uint32), done)
 
     return [read_twice, keep]
