@@ -68,9 +68,9 @@ def kernels_moved(x: torch.Tensor) -> dict[str, tuple[float, float]]:
     """The same of our GPU kernels (scales left out), and of what is ahead of them as separate operations of torch."""
     from granq_plugin.kernels import triton_kernel
     from granq_plugin.kernels.layout import Ahead, layout_of
-    reads = triton_kernel.reads(layout_of(x, 1), x.element_size())
+    reads, of_sum = (triton_kernel.reads(layout_of(x, 1), x.element_size(), loads) for loads in (1, 2))
     norm = Ahead(*torch.ones(4, x.shape[1]), 1e-5)
-    found = dict(granq=(reads, 1), granq_static=(1, 1), norm_fused=(reads, 1), sum_fused=(2 * reads, 1))
+    found = dict(granq=(reads, 1), granq_static=(1, 1), norm_fused=(reads, 1), sum_fused=(2 * of_sum, 1))
     for name, ahead in (("norm_separate", norm), ("sum_separate", norm._replace(residual=x))):
         before = moved(ahead.apply, x)
         found[name] = before[0] + reads, before[1] + 1

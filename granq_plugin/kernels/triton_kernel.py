@@ -175,22 +175,24 @@ def _keeping(layout: Layout, item_size: int, loads: int, chip: tuple[int, int]) 
     return _loads_go_on(layout, item_size) * processors * triton_split.together(loads * item_size, shared_memory)
 
 
-def reads(layout: Layout, item_size: int) -> int:
+def reads(layout: Layout, item_size: int, loads: int = 1) -> int:
     """How often an H100 or H200 reads memory, where programs that share rows keep their parts if they can: it may be faster to read
-    them twice, and to find them in the cache."""
-    if _tile(layout, item_size, 1, HOPPER[1]) is not None:
+    them twice, and to find them in the cache. loads: tensors that are read."""
+    if _tile(layout, item_size, loads, HOPPER[1]) is not None:
         return 1
     *_, parts = triton_split.tile(layout.channels, layout.outer * layout.inner, layout.inner > 1)
-    return 1 if parts <= _keeping(layout, item_size, 1, HOPPER) else 2
+    return 1 if parts <= _keeping(layout, item_size, loads, HOPPER) else 2
 
 
 @cache
 def _chip(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory that a program can fill while it does other work: none before Ampere."""
+    """Multiprocessors, and bytes of shared memory that a program can fill while it does other work: none before Ampere, and none of
+    AMD's, for which Triton has other options."""
     if device.type != "cuda":
         return 2, 2**18  # the interpreter
     properties = torch.cuda.get_device_properties(device)
-    shared_memory = getattr(properties, "shared_memory_per_block_optin", 0) if properties.major >= 8 else 0
+    fills = properties.major >= 8 and torch.version.hip is None
+    shared_memory = getattr(properties, "shared_memory_per_block_optin", 0) if fills else 0
     return properties.multi_processor_count, shared_memory
 
 

@@ -219,27 +219,34 @@ def test_a_kernel_is_launched_again_without_triton_with_what_it_had_at_first(run
 
 
 def test_the_fastest_launch_is_taken_where_it_can_be_found(monkeypatch):
-    """Once; the first one without a GPU, and while a CUDA graph is recorded."""
+    """Once, and not for longer than it takes; the first one without a GPU, and while a CUDA graph is recorded."""
     pytest.importorskip("triton", reason="triton is not installed")
+    from triton.runtime.errors import OutOfResources
+
     from granq_plugin.kernels import triton_launch
     launched, timed, recording = [], [], True
 
-    def seconds(launch, tensors):
-        timed.append(launch)
-        return {a: 2.0, b: 1.0, c: 3.0}[launch]
+    def milliseconds(launch, tensors, repeats):
+        timed.append((launch, repeats))
+        return {a: 2.0, b: 1.0, c: 3.0, slow: 50.0}[launch]
 
-    a, b, c = (lambda *tensors, name=name: launched.append((name, tensors)) for name in "abc")
-    monkeypatch.setattr(triton_launch, "_seconds", seconds)
+    def large(*tensors):
+        raise OutOfResources(2, 1, "shared memory")
+
+    a, b, c, slow = (lambda *tensors, name=name: launched.append((name, tensors)) for name in ("a", "b", "c", "slow"))
+    monkeypatch.setattr(triton_launch, "_milliseconds", milliseconds)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: recording)
     cpu, gpu = torch.ones(1), SimpleNamespace(is_cuda=True)
-    launch = triton_launch.Fastest(a, b, c)
+    launch = triton_launch.Fastest(a, b, large, c, slow)
     launch(cpu), launch(gpu)
     recording = False
-    launch(cpu), launch(gpu), launch(gpu)
+    launch(cpu)
+    assert launched == [("a", (cpu, )), ("a", (gpu, )), ("a", (cpu, ))] and not timed
+    launch(gpu), launch(gpu)
     recording = True
     launch(gpu)
-    assert timed == [a, b, c] and launched == [
-        ("a", (cpu, )), ("a", (gpu, )), ("a", (cpu, )), ("b", (gpu, )), ("b", (gpu, )), ("b", (gpu, ))]
+    assert [name for name, _ in launched[3:]] == ["a", "b", "c", "slow", "b", "b", "b"]
+    assert timed == [(f, n) for f in (a, b, c) for n in (1, 10, 10)] + [(slow, 1)]
 
 
 @pytest.mark.parametrize("shape, dtype, residual, shared_memory, programs", [
