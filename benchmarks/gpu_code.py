@@ -92,8 +92,9 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     pretend()
     write(RESULTS / "gpu_code.csv", FIELDS, [r for f in FORMATS for s in SHAPES for r in measure(s, f)])
-    replace_table(MARKER, table(read(RESULTS / "gpu_code.csv")))
-    click.echo(table(read(RESULTS / "gpu_code.csv")))
+    text = table(read(RESULTS / "gpu_code.csv"))
+    replace_table(MARKER, text)
+    click.echo(text)
 
 
 if __name__ == "__main__":

@@ -72,11 +72,11 @@ def pretend(launched: Callable[[tuple], object] = lambda call: None) -> None:
     from triton.runtime import driver
 
     from granq_plugin import kernels
-    os.environ["GRANQ_KERNEL"] = "triton"
+    from granq_plugin.kernels import triton_kernel
     driver.set_active(NoLaunches(launched))
     kernels._why_not_triton = lambda x: None
-    from granq_plugin.kernels import triton_kernel
     triton_kernel._chip = lambda device: triton_kernel.HOPPER
+    os.environ["GRANQ_KERNEL"] = "triton"
 
 
 @contextmanager

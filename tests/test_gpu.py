@@ -44,12 +44,11 @@ def values(request):
 
 
 @pytest.fixture
-def every_way(monkeypatch):
-    """Both ways of programs that share rows, whichever is faster."""
+def ways(monkeypatch):
+    """Sets what stands in for Fastest, for launches that are made anew."""
     from granq_plugin.kernels import triton_kernel
     triton_kernel._launch.cache_clear()
-    monkeypatch.setattr(triton_kernel, "Fastest", oracles.every_launch)
-    yield
+    yield lambda fastest: monkeypatch.setattr(triton_kernel, "Fastest", fastest)
     triton_kernel._launch.cache_clear()
 
 
@@ -64,8 +63,10 @@ def leaves(x):
 @every_value
 @pytest.mark.parametrize("before", BEFORES, ids=str)
 @pytest.mark.parametrize("bit_width", [2, 3, 8])
-def test_dynamic_kernel_is_exact(values, before, bit_width, every_way):
-    """The same bits as torch's operations, on the GPU and on the CPU, and the same gradients."""
+def test_dynamic_kernel_is_exact(values, before, bit_width, ways):
+    """The same bits as torch's operations, on the GPU and on the CPU, and the same gradients; where there are several ways, of
+    each."""
+    ways(oracles.every_launch)
     a, b, c = leaves(values)
     assert kernels.backend(a) == "triton"
     actual = kernels.granq(a, bit_width, 1, before)
@@ -83,12 +84,10 @@ def test_dynamic_kernel_is_exact(values, before, bit_width, every_way):
     ((64, 64, 112, 112), torch.channels_last), ((64, 256, 56, 56), torch.channels_last), ((1, 8, 1024, 1025), torch.channels_last),
     ((64, 30, 224, 224), torch.contiguous_format), ((1, 1, 4000, 4001), torch.contiguous_format)])
 @pytest.mark.parametrize("way", ["twice", "kept", "fastest"])
-def test_programs_that_share_a_row_agree(shape, memory_format, way, monkeypatch):
+def test_programs_that_share_a_row_agree(shape, memory_format, way, ways):
     """More of them than a GPU runs at a time, again and again; also recorded."""
-    from granq_plugin.kernels import triton_kernel
-    triton_kernel._launch.cache_clear()
     if way != "fastest":
-        monkeypatch.setattr(triton_kernel, "Fastest", lambda twice, kept: dict(twice=twice, kept=kept)[way])
+        ways(lambda twice, kept: dict(twice=twice, kept=kept)[way])
     torch.manual_seed(0)
     x = (torch.randn(shape, device="cuda") * torch.rand(shape[:2] + (1, 1), device="cuda")).contiguous(memory_format=memory_format)
     expected = GF.granq(x, 4)
@@ -100,20 +99,17 @@ def test_programs_that_share_a_row_agree(shape, memory_format, way, monkeypatch)
         actual = step()
     for p, q in zip(actual, expected):
         assert torch.equal(p, q)
-    triton_kernel._launch.cache_clear()
 
 
 @pytest.mark.parametrize("channels", [32, 256])
-def test_programs_that_do_not_run_together_end(channels, monkeypatch):
+def test_programs_that_do_not_run_together_end(channels, ways, monkeypatch):
     """More of them than a GPU runs at a time, each with several parts: programs find ranges alone."""
-    from granq_plugin.kernels import triton_kernel, triton_split
-    triton_kernel._launch.cache_clear()
+    from granq_plugin.kernels import triton_split
     monkeypatch.setattr(triton_split, "together", lambda *args: 12)
-    monkeypatch.setattr(triton_kernel, "Fastest", lambda twice, kept: kept)
+    ways(lambda twice, kept: kept)
     x = torch.randn(64 * 256 // channels, channels, 56, 56, device="cuda").contiguous(memory_format=torch.channels_last)
     for p, q in zip(kernels.granq(x, 4), GF.granq(x, 4)):
         assert torch.equal(p, q)
-    triton_kernel._launch.cache_clear()
 
 
 @every_value

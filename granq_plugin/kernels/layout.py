@@ -25,6 +25,11 @@ class Layout(NamedTuple):
     memory_format: torch.memory_format
     scale_shape: tuple[int, ...]
 
+    @property
+    def side_by_side(self) -> bool:
+        """Whether values of neighbouring channels are neighbours, and those of a channel lie apart."""
+        return self.outer > 1 and self.inner == 1
+
 
 def layout_of(x: Tensor, channel_axis: int) -> Layout | None:
     """The layout of a dense tensor with values and a channel axis; None for any other."""

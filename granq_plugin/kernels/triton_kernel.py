@@ -138,8 +138,8 @@ class Tile(NamedTuple):
 def _tile(layout: Layout, item_size: int, loads: int, shared_memory: int) -> Tile | None:
     """What was fastest on an H200; None: rows do not stay on chip. loads: tensors that are read, values of item_size bytes."""
     n, channels = layout.outer * layout.inner, triton.next_power_of_2(layout.channels)
-    block, side_by_side = triton.next_power_of_2(n), layout.inner == 1 and layout.outer > 1
-    if side_by_side:  # channels_last: all channels, or segments of 64 bytes or more of neighbouring ones
+    block = triton.next_power_of_2(n)
+    if layout.side_by_side:  # channels_last: all channels, or segments of 64 bytes or more of neighbouring ones
         rows = min(32, _LARGEST // block)
         if rows < channels and rows * item_size < 64:
             return None
@@ -153,12 +153,12 @@ def _tile(layout: Layout, item_size: int, loads: int, shared_memory: int) -> Til
     buffers = 2 * loads * _LARGEST * item_size  # and some for conversions
     goes_on = _loads_go_on(layout, item_size) and buffers + 3 * 2**13 <= shared_memory
     stages = 3 if rows * block == _LARGEST and goes_on else 1
-    return Tile(rows, _powers(n) if side_by_side else (block, 0, 0), max(1, min(16, warps)), stages)
+    return Tile(rows, _powers(n) if layout.side_by_side else (block, 0, 0), max(1, min(16, warps)), stages)
 
 
 def _loads_go_on(layout: Layout, item_size: int) -> bool:
     """Whether loads go on beside other work: they have at least 4 bytes, and single values where wider loads may not begin."""
-    return item_size >= 4 or (layout.channels if layout.inner == 1 and layout.outer > 1 else layout.outer * layout.inner) % 16 == 0
+    return item_size >= 4 or (layout.channels if layout.side_by_side else layout.outer * layout.inner) % 16 == 0
 
 
 def _powers(n: int) -> tuple[int, int, int]:
@@ -180,7 +180,7 @@ def reads(layout: Layout, item_size: int, loads: int = 1) -> int:
     them twice, and to find them in the cache. loads: tensors that are read."""
     if _tile(layout, item_size, loads, HOPPER[1]) is not None:
         return 1
-    *_, parts = triton_split.tile(layout.channels, layout.outer * layout.inner, layout.inner > 1)
+    *_, parts = triton_split.tile(layout.channels, layout.outer * layout.inner, not layout.side_by_side)
     return 1 if parts <= _keeping(layout, item_size, loads, HOPPER) else 2
 
 
@@ -210,18 +210,18 @@ def _launch(layout: Layout, dtype: torch.dtype, device: torch.device, bit_width:
         enable_fp_fusion=False)
     if outer == 1 and triton_short.suits(n):
         return triton_short.launch(samples, channels, n, eps, numbers, constants)
-    geometry = channels, inner, outer * channels * inner, channels if inner == 1 and outer > 1 else 1, n
+    geometry = channels, inner, outer * channels * inner, channels if layout.side_by_side else 1, n
     chip = processors, shared_memory = _chip(device)
     loads = 1 + (norm == 2)
     tile = _tile(layout, dtype.itemsize, loads, shared_memory)
-    ways = []
-    if tile is None or (tile.stages > 1 and inner == 1):  # or a program alone on a multiprocessor, whose loads are short
-        patience = dict(patience=1) if device.type != "cuda" else {}  # the interpreter runs one program after the other
-        ways = triton_split.launches(
-            samples, geometry, eps, numbers, constants, _keeping(layout, dtype.itemsize, loads, chip), **patience)
+    keep = []
+    if tile is None or (tile.stages > 1 and layout.side_by_side):  # or one program on a multiprocessor, whose loads are short
+        first, *keep = triton_split.launches(
+            samples, geometry, eps, numbers, constants, _keeping(layout, dtype.itemsize, loads, chip),
+            patience=triton_split.PATIENCE if device.type == "cuda" else 1)  # the interpreter runs one program after the other
     if tile is not None:
-        ways[:1] = [_on_chip(tile, samples, geometry, eps, numbers, constants, processors)]
-    return ways[0] if len(ways) == 1 else Fastest(*ways)
+        first = _on_chip(tile, samples, geometry, eps, numbers, constants, processors)
+    return Fastest(first, *keep) if keep else first
 
 
 def _on_chip(

@@ -20,12 +20,12 @@ from torch import Tensor
 from granq_plugin.kernels.triton_launch import Launch
 from granq_plugin.kernels.triton_math import _ends, _norms_of, _places, _quantize, _ranges_of, _values, _wider
 
-__all__ = ["launches", "tile", "together"]
+__all__ = ["PATIENCE", "launches", "tile", "together"]
 
 _TILE = 4096  # values of a part
 _LAG = 2**20  # values between reading a part and quantizing it; at least the parts of a row
 _STAGES, _WARPS, _REGISTERS, _TOGETHER = 3, 4, 128, 4  # of kept parts: loads, and programs of a multiprocessor
-_PATIENCE = 2**12  # looks at a count, some milliseconds of a GPU
+PATIENCE = 2**12  # looks at a count, some milliseconds of a GPU
 
 
 @triton.jit
@@ -201,12 +201,13 @@ def tile(channels: int, n: int, is_contiguous: bool) -> tuple[int, int, int]:
 
 
 def launches(
-        samples: int, geometry: tuple, eps: float, numbers: tuple, constants: dict, programs: int,
-        patience: int = _PATIENCE) -> list[Callable[..., None]]:
+        samples: int, geometry: tuple, eps: float, numbers: tuple, constants: dict, programs: int, *,
+        patience: int) -> list[Callable[..., None]]:
     """The way that reads twice, and the one that keeps parts, where it can.
 
     Their tensors, ``numbers`` and ``constants`` are those of ``triton_kernel._granq``; ``geometry`` is ``channels, row_stride,
-    sample_stride, step, n``; ``programs``: that keep parts and run at a time, 0 where there is no way to keep them.
+    sample_stride, step, n``; ``programs``: that keep parts and run at a time, 0 where there is no way to keep them;
+    ``patience``: how often they look at a count.
     """
     channels, row_stride, *_, n = geometry
     rows, block, parts = tile(channels, n, row_stride > 1)
@@ -216,21 +217,17 @@ def launches(
     lag = max(parts, min(units, _LAG // _TILE))
     numbers = eps, *geometry, tiles, *numbers, parts, units
     constants = constants | dict(EVEN=n % block == 0 and channels % rows == 0, ROWS=rows, BLOCK=block, num_warps=_WARPS)
-    twice = Launch(_granq_split, (units + lag, ), (*numbers, lag), constants)
 
-    def read_twice(x: Tensor, *others: Tensor) -> None:
-        shared = x.new_zeros(2 * count + groups + 1, dtype=torch.int32)
-        most, negated, done, ticket = shared.split([count, count, groups, 1])
-        twice(x, *others, most.view(torch.uint32), negated.view(torch.uint32), done, ticket)
+    def counting(launch: Launch, *counts: int) -> Callable[..., None]:
+        """The same of the other tensors: ranges and counts begin at zero."""
+        def launched(x: Tensor, *others: Tensor) -> None:
+            most, negated, *rest = x.new_zeros(2 * count + sum(counts), dtype=torch.int32).split([count, count, *counts])
+            launch(x, *others, most.view(torch.uint32), negated.view(torch.uint32), *rest)
+        return launched
 
+    read_twice = counting(Launch(_granq_split, (units + lag, ), (*numbers, lag), constants), groups, 1)
     if parts > programs:  # a program would wait for parts that it is to read later
         return [read_twice]
     programs = min(programs, units)
-    once = Launch(_granq_kept, (programs, ), (*numbers, programs, patience), constants | dict(
-        STAGES=_STAGES, num_stages=_STAGES, maxnreg=_REGISTERS))
-
-    def keep(x: Tensor, *others: Tensor) -> None:
-        most, negated, done = x.new_zeros(2 * count + groups, dtype=torch.int32).split([count, count, groups])
-        once(x, *others, most.view(torch.uint32), negated.view(torch.uint32), done)
-
-    return [read_twice, keep]
+    return [read_twice, counting(Launch(_granq_kept, (programs, ), (*numbers, programs, patience), constants | dict(
+        STAGES=_STAGES, num_stages=_STAGES, maxnreg=_REGISTERS)), groups)]
